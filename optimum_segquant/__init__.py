@@ -1,0 +1,1 @@
+"""SegQuant for Hugging Face diffusers and Optimum, on top of :mod:`modelopt_ext`."""
