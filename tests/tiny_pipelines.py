@@ -1,0 +1,127 @@
+"""Untrained pipelines, small enough to run in milliseconds, with the same classes as the real ones."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+WORDS = "a large small red green blue circle square triangle left right of above below on".split()
+
+
+def tiny_tokenizer(length: int = 16) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<start>", "<end>", "<unknown>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<start>",
+        eos_token="<end>",
+        unk_token="<unknown>",
+        pad_token="<end>",
+        model_max_length=length,
+    )
+
+
+def tiny_text_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+
+
+def tiny_vae(channels: int = 4) -> AutoencoderKL:
+    return AutoencoderKL(
+        latent_channels=channels,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        shift_factor=0.0,
+    )
+
+
+def tiny_sd3_transformer(seed: int = 0, dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
+    """SD3.5's features in small: joint blocks, one dual-attention block, RMS-normed queries and keys."""
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    return (transformer if dtype is torch.float32 else transformer.to(dtype)).eval()
+
+
+def tiny_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
+    """A Stable Diffusion 3 pipeline without T5; 16 x 16 images, about 0.1 M parameters."""
+    torch.manual_seed(seed)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=tiny_sd3_transformer(seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModelWithProjection(tiny_text_config()).eval(),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config()).eval(),
+        tokenizer_2=tiny_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """A Stable Diffusion 1 pipeline: its UNet gets sample and timestep as positional arguments."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    pipeline = StableDiffusionPipeline(
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_text_config()).eval(),
+        tokenizer=tiny_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
