@@ -8,21 +8,34 @@ Three steps, each usable on its own:
 2. :func:`velocity_sqnr` replays the recorded inputs through a quantized denoiser and compares its outputs with the
    recorded ones. It isolates one denoiser call from the chaos of sampling: both models see the same inputs.
 3. :func:`generate_images` and :func:`image_metrics` compare finished images of equal prompts and seeds (PSNR, SSIM).
+
+:func:`compare` does all three for one ModelOpt config on a copy of the denoiser; :func:`layer_costs` says which layers
+hold the weights and do the multiply-adds.
 """
 
+from .comparison import Comparison, compare, denoiser_replaced
+from .cost import LayerCost, LayerShare, embedders, layer_costs, share
 from .images import generate_images
 from .metrics import ImageMetrics, VelocitySQNR, image_metrics, sqnr_db, velocity_sqnr
 from .trajectories import DenoiserCall, Trajectories, denoiser_of, sample_trajectories
 
 __all__ = [
+    "Comparison",
     "DenoiserCall",
     "ImageMetrics",
+    "LayerCost",
+    "LayerShare",
     "Trajectories",
     "VelocitySQNR",
+    "compare",
     "denoiser_of",
+    "denoiser_replaced",
+    "embedders",
     "generate_images",
     "image_metrics",
+    "layer_costs",
     "sample_trajectories",
+    "share",
     "sqnr_db",
     "velocity_sqnr",
 ]

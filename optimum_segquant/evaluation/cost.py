@@ -1,0 +1,101 @@
+"""Where a denoiser's weights and multiply-adds are: what share of the work a quantization policy leaves out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .trajectories import Trajectories, first_tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """Cost of one Linear or convolution.
+
+    Attributes:
+        weights: number of entries of the weight; the bias is not counted.
+        multiply_adds: in one call of the denoiser, over the whole batch.
+    """
+
+    weights: int
+    multiply_adds: int
+
+    def __add__(self, other: LayerCost) -> LayerCost:
+        return LayerCost(self.weights + other.weights, self.multiply_adds + other.multiply_adds)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShare:
+    """A part of a model's layers, as fractions of all its Linears and convolutions, from 0 to 1."""
+
+    weights: float
+    multiply_adds: float
+
+
+def layer_costs(denoiser: nn.Module, trajectories: Trajectories) -> dict[str, LayerCost]:
+    """Measure the cost of every Linear and convolution in the first recorded call.
+
+    Args:
+        denoiser: the model; quantized or not.
+        trajectories: only the first call is replayed.
+
+    Returns:
+        The cost by module name, in the order of the first calls. Products of two activations (attention) are no layers
+        and are not counted.
+    """
+    costs: dict[str, LayerCost] = {}
+    handles = []
+
+    def counter(name: str) -> Any:
+        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            result: Tensor = first_tensor(output)
+            weight = module.weight
+            # Each output element is one dot product with weight[0]: in_features, or channels of a group times kernel.
+            multiply_adds = result.numel() * weight.numel() // weight.shape[0]
+            if isinstance(module, _ConvNd) and module.transposed:
+                multiply_adds = args[0].numel() * weight.numel() // weight.shape[0]
+            seen = costs.get(name)
+            costs[name] = LayerCost(weight.numel(), multiply_adds + (seen.multiply_adds if seen else 0))
+
+        return count
+
+    for name, module in denoiser.named_modules():
+        if isinstance(module, (nn.Linear, _ConvNd)):
+            handles.append(module.register_forward_hook(counter(name)))
+    try:
+        Trajectories(trajectories.calls[:1]).forward_loop(denoiser)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return costs
+
+
+def embedders(denoiser: nn.Module, costs: Mapping[str, LayerCost]) -> list[str]:
+    """Return the names of the layers that run before the first of the repeated blocks.
+
+    Repeated blocks are what the model keeps in a ``ModuleList``; before them come the time, text, patch and guidance
+    embedders.
+
+    Args:
+        denoiser: the model.
+        costs: from :func:`layer_costs`, in call order.
+    """
+    lists = tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList))
+    return list(itertools.takewhile(lambda name: not name.startswith(lists), costs))
+
+
+def share(costs: Mapping[str, LayerCost], names: Iterable[str]) -> LayerShare:
+    """Return what part of all layers' weights and multiply-adds the named layers have.
+
+    Args:
+        costs: from :func:`layer_costs`.
+        names: keys of ``costs``.
+    """
+    total = sum(costs.values(), LayerCost(0, 0))
+    part = sum((costs[name] for name in set(names)), LayerCost(0, 0))
+    return LayerShare(part.weights / total.weights, part.multiply_adds / total.multiply_adds)
