@@ -1,1 +1,27 @@
-"""SegQuant for NVIDIA ModelOpt: import this package to register the method and its presets."""
+"""SegQuant for NVIDIA ModelOpt (arXiv 2507.14811).
+
+Importing this package registers the calibration algorithm ``segquant`` and its presets with ModelOpt:
+
+    import modelopt.torch.quantization as mtq
+    import modelopt_ext
+
+    mtq.quantize(model, modelopt_ext.SEGQUANT_CFG, forward_loop)
+
+The presets are also attributes of ``mtq``, so that scripts which pick a config by name find them.
+"""
+
+import modelopt.torch.quantization as mtq
+import modelopt.torch.quantization.config as mtq_config
+
+from . import presets
+from .config import SegQuantCalibConfig
+from .mode import plan_of
+from .nn import SegLinear
+from .plan import LinearPlan, SegmentPlan
+from .presets import *  # noqa: F403
+
+for _name, _preset in presets.PRESETS.items():
+    setattr(mtq, _name, _preset)
+    mtq_config.choices.add(_name)
+
+__all__ = ["LinearPlan", "SegLinear", "SegQuantCalibConfig", "SegmentPlan", "plan_of", *presets.__all__]

@@ -1,0 +1,349 @@
+"""Calibrating a whole model: one pass for the plan and the statistics, a local search per Linear, then one change.
+
+Nothing of the model changes before every layer has its solution, so an error on the way leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import SVDQuantLinear, TensorQuantizer
+from modelopt.torch.quantization.utils import enable_weight_access_and_writeback, is_quantized_linear
+from torch import nn
+from tqdm import tqdm
+
+from ..config import SegQuantCalibConfig
+from ..dataflow import RecordFirstForward
+from ..formats import QuantFormat
+from ..nn import QuantizerBank, SegLinear, to_seg_linear
+from ..plan import LinearPlan, SegmentPlan
+from .generated_inputs import generated_forward_loop
+from .search import LinearSolution, SearchOptions, solve_linear
+from .statistics import LinearStatistics, collect
+
+logger = logging.getLogger(__name__)
+
+ForwardLoop = Callable[[nn.Module], object]
+PER_TOKEN = {"type": "dynamic", "block_sizes": {-1: None, "type": "dynamic"}}
+
+
+@dataclass
+class _Layer:
+    """A Linear to calibrate and the formats that its quantizers ask for."""
+
+    name: str
+    module: Any  # an nn.Linear with ModelOpt's quantizers, which nn.Module's annotations can't express
+    input_format: QuantFormat | None
+    weight_format: QuantFormat | None
+
+    @property
+    def is_static(self) -> bool:
+        return self.input_format is not None and not self.input_format.dynamic
+
+
+@dataclass
+class Calibration:
+    """The outcome for a model: the plan that was used and every Linear's solution."""
+
+    plan: SegmentPlan
+    solutions: dict[str, LinearSolution]
+
+
+def calibrate_model(
+    model: nn.Module,
+    config: SegQuantCalibConfig,
+    forward_loop: ForwardLoop | None,
+    previous_plan: SegmentPlan | None = None,
+) -> Calibration:
+    """Find plan, statistics and solutions, and apply them to the model in place.
+
+    Args:
+        model: converted by ModelOpt's quantize mode, quantizers configured.
+        config: settings of the algorithm.
+        forward_loop: runs the calibration data; None is enough for settings that need no statistics.
+        previous_plan: the plan that the model is segmented with already.
+
+    Raises:
+        ValueError: nothing to calibrate, data that is missing, broken or not finite, or a plan that does not fit; the
+            model is then unchanged.
+    """
+    layers = _quantized_linears(model)
+    _check_polarity(layers, config)
+    synthetic = forward_loop is None
+    plan, statistics = _observe(model, layers, config, forward_loop, previous_plan)
+    layers = _with_embedder_policy(model, layers, config, list(statistics))
+    layers = _without_uncalled(layers, statistics)
+
+    options = SearchOptions(
+        polarity=config.polarity,
+        shift_per_channel=config.shift_granularity == "channel",
+        alphas=_alphas(config),
+        weight_bound_rows=config.weight_bound_rows,
+    )
+    modules = dict(model.named_modules())
+    solutions: dict[str, LinearSolution] = {}
+    with torch.no_grad():
+        for layer in tqdm(list(layers.values()), desc="SegQuant", unit="layer", disable=not config.progress):
+            if layer.input_format is None and layer.weight_format is None:
+                continue
+            with enable_weight_access_and_writeback(layer.module, model, modules, writeback=False):
+                weight = _plain_weight(layer)
+                seen = statistics.get(layer.name) or _unseen(weight)
+                solutions[layer.name] = solve_linear(
+                    weight.to(_working_device(layer.module, weight)),
+                    plan.linears.get(layer.name) or LinearPlan.trivial(weight.shape[1], weight.shape[0]),
+                    seen,
+                    layer.input_format,
+                    layer.weight_format,
+                    options,
+                    has_statistics=not synthetic and layer.name in statistics,
+                )
+        _apply(model, modules, layers, solutions)
+    logger.info("segquant: %s", plan.summary())
+    return Calibration(plan, solutions)
+
+
+def _quantized_linears(model: nn.Module) -> dict[str, _Layer]:
+    layers = {}
+    for name, module in model.named_modules():
+        if not (isinstance(module, nn.Linear) and is_quantized_linear(module)):
+            continue
+        weight_format = QuantFormat.of(module.weight_quantizer, f"{name}.weight_quantizer")
+        input_format = QuantFormat.of(module.input_quantizer, f"{name}.input_quantizer")
+        if weight_format is None and input_format is None:
+            continue
+        if isinstance(module, SVDQuantLinear):
+            raise ValueError(
+                f"{name} carries ModelOpt's SVDQuant branch; segquant needs the original weights: run it on a freshly "
+                "loaded model"
+            )
+        if getattr(module.weight_quantizer, "_folded", False):
+            raise ValueError(f"{name}: its weight was folded; run segquant on a freshly loaded model")
+        layers[name] = _Layer(name, module, input_format, weight_format)
+    if not layers:
+        raise ValueError(
+            "segquant found no Linear with an enabled quantizer: call mtq.quantize(model, SEGQUANT_CFG, forward_loop) "
+            "on a model with nn.Linear layers, and check the patterns in quant_cfg"
+        )
+    return layers
+
+
+def _check_polarity(layers: Mapping[str, _Layer], config: SegQuantCalibConfig) -> None:
+    if config.polarity != "dual8":
+        return
+    for layer in layers.values():
+        if layer.input_format is not None and not layer.input_format.is_integer:
+            raise ValueError(
+                f"polarity='dual8' needs integer activations, {layer.name} has FP8, whose sign bit can't be spared; "
+                "use polarity='dual', 'shift' or 'auto'"
+            )
+
+
+def _alphas(config: SegQuantCalibConfig) -> tuple[float | None, ...]:
+    if config.alpha == "search":
+        return (None, *config.alpha_grid)
+    assert not isinstance(config.alpha, str)
+    return (config.alpha,)
+
+
+def _observe(
+    model: nn.Module,
+    layers: Mapping[str, _Layer],
+    config: SegQuantCalibConfig,
+    forward_loop: ForwardLoop | None,
+    previous_plan: SegmentPlan | None,
+) -> tuple[SegmentPlan, dict[str, LinearStatistics]]:
+    """One pass: the plan from its first forward unless one is given, the statistics from all of it."""
+    synthetic = forward_loop is None
+    if forward_loop is None:
+        static = [layer.name for layer in layers.values() if layer.is_static]
+        if static or config.needs_statistics:
+            reason = f"static activation scales ({static[0]}, ...)" if static else f"alpha={config.alpha!r}"
+            if not static and config.alpha is None:
+                reason = f"polarity={config.polarity!r}"
+            raise ValueError(
+                f"{reason} need calibration data: pass forward_loop, a function that runs the model on it, or use "
+                "SEGQUANT_INT8_DYNAMIC_CFG, which does without"
+            )
+        forward_loop = generated_forward_loop(model)
+    given = None if config.plan is None else SegmentPlan.from_dict(config.plan)
+    known = given or previous_plan
+    modules = {name: layer.module for name, layer in layers.items()}
+    recorder = RecordFirstForward(model, merge_heads=config.merge_heads)
+
+    def run() -> None:
+        assert forward_loop is not None
+        try:
+            if known is None:
+                with recorder:
+                    forward_loop(model)
+            else:
+                forward_loop(model)
+        except Exception as error:
+            source = "the forward on generated inputs" if synthetic else "forward_loop"
+            raise ValueError(
+                f"{source} raised {type(error).__name__}: {error}; the model is unchanged, mend it and call again"
+            ) from error
+
+    if known is not None:
+        known.check(model)
+    statistics = collect(model, modules, run, samples=1 if synthetic else config.samples, seed=config.seed)
+    if not statistics:
+        raise ValueError(
+            "forward_loop never ran a quantized Linear of the model: it gets the model as its argument and has to call "
+            "that one, e.g. `for batch in data: model(**batch)`"
+        )
+    for name, seen in statistics.items():
+        if not seen.range.is_finite:
+            raise ValueError(
+                f"the inputs of {name} hold NaN or infinity during calibration (the first layer in execution order "
+                "where they do); check the calibration data and the model's dtype, float16 may overflow"
+            )
+    plan = known if known is not None else recorder.plan
+    if plan is None:
+        raise ValueError("forward_loop never called the model itself, only parts of it; call model(...)")
+    if config.overrides:
+        plan = plan.with_overrides(config.overrides)
+    if not config.segments:
+        plan = _uncut(plan)
+    if previous_plan is not None and plan.linears != previous_plan.linears:
+        raise ValueError(
+            "the model is segmented already, with another plan than this config asks for; load the original model "
+            "again, or leave plan, overrides and segments as they were to calibrate it anew"
+        )
+    return plan, statistics
+
+
+def _uncut(plan: SegmentPlan) -> SegmentPlan:
+    """One segment on either side of every Linear; a tag stays where the whole input has it."""
+    whole = {
+        name: LinearPlan(
+            (linear.in_features,), (linear.out_features,), linear.activations if len(linear.in_segments) == 1 else ("",)
+        )
+        for name, linear in plan.linears.items()
+    }
+    return SegmentPlan(whole, plan.shared_inputs, plan.uncalled, plan.notes)
+
+
+def embedders(model: nn.Module, called: list[str]) -> list[str]:
+    """The Linears outside the model's repeated blocks that run before the first block.
+
+    Args:
+        model: the denoiser; its repeated blocks are what its ``nn.ModuleList`` s hold.
+        called: names of Linears in the order of their first call.
+    """
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    first_block = next((i for i, name in enumerate(called) if name.startswith(blocks)), 0) if blocks else 0
+    return called[:first_block]
+
+
+def _with_embedder_policy(
+    model: nn.Module, layers: dict[str, _Layer], config: SegQuantCalibConfig, called: list[str]
+) -> dict[str, _Layer]:
+    if config.embedders == "as_configured":
+        return layers
+    changed = dict(layers)
+    for name in embedders(model, called):
+        layer = layers[name]
+        if config.embedders == "none":
+            changed[name] = _Layer(name, layer.module, None, None)
+        elif layer.input_format is not None:
+            per_token = QuantFormat(layer.input_format.num_bits, per_row=True, dynamic=True)
+            changed[name] = _Layer(name, layer.module, per_token, layer.weight_format)
+    return changed
+
+
+def _without_uncalled(layers: dict[str, _Layer], statistics: Mapping[str, LinearStatistics]) -> dict[str, _Layer]:
+    """Leave Linears in full precision that need static scales and were never called."""
+    uncalled = [layer.name for layer in layers.values() if layer.name not in statistics and layer.is_static]
+    if uncalled:
+        logger.warning(
+            "segquant: the calibration data never reached %s; left in full precision. Calibrate with inputs that use "
+            "them, or give them dynamic activations",
+            ", ".join(uncalled),
+        )
+    return {
+        name: _Layer(name, layer.module, None, None) if name in uncalled else layer for name, layer in layers.items()
+    }
+
+
+def _plain_weight(layer: _Layer) -> torch.Tensor:
+    """The weight without an earlier algorithm's smoothing, (N, K)."""
+    weight = layer.module._parameters["weight"]
+    assert weight is not None
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"the weight of {layer.name} holds NaN or infinity; check the checkpoint it was loaded from")
+    scale = _stock_smoothing(layer.module)
+    return weight.detach() if scale is None else weight.detach() * scale.to(weight.device)
+
+
+def _stock_smoothing(module: Any) -> torch.Tensor | None:
+    """ModelOpt's SmoothQuant leaves W / pre_quant_scale as the weight; None where it did not run."""
+    quantizer = module.input_quantizer
+    return None if isinstance(quantizer, QuantizerBank) else quantizer.pre_quant_scale
+
+
+def _unseen(weight: torch.Tensor) -> LinearStatistics:
+    """Statistics of a Linear that was never called."""
+    statistics = LinearStatistics(samples=1, seed=0)
+    statistics.update(torch.zeros(1, weight.shape[1], device=weight.device))
+    statistics.largest_call = torch.iinfo(torch.int64).max
+    return statistics
+
+
+def _working_device(module: Any, weight: torch.Tensor) -> torch.device:
+    """Where the layer runs: accelerate knows it of offloaded layers, otherwise the weight is there."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return weight.device if device is None else torch.device(device)
+
+
+def _apply(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    layers: Mapping[str, _Layer],
+    solutions: Mapping[str, LinearSolution],
+) -> None:
+    for name, layer in layers.items():
+        module = layer.module
+        if name not in solutions:
+            module.input_quantizer.disable()
+            module.weight_quantizer.disable()
+            continue
+        if _stock_smoothing(module) is not None:
+            with enable_weight_access_and_writeback(module, model, modules, writeback=True):
+                module._parameters["weight"].data.copy_(_plain_weight(layer))
+        _configure_input(module.input_quantizer, layer.input_format)
+        for quantizer in (module.input_quantizer, module.weight_quantizer):
+            quantizer._del_pytorch_state()
+        solution = solutions[name]
+        if solution.is_stock and not isinstance(module, SegLinear):
+            for quantizer, found in (
+                (module.input_quantizer, solution.input_amax),
+                (module.weight_quantizer, solution.weight_amax),
+            ):
+                for amax in found.values():
+                    quantizer.amax = amax
+            continue
+        fill(to_seg_linear(module, solution.layout), solution)
+
+
+def _configure_input(quantizer: TensorQuantizer, fmt: QuantFormat | None) -> None:
+    """Carry an embedder policy's change of format over to the quantizer."""
+    if fmt is not None and fmt.dynamic and fmt.per_row:
+        quantizer.set_from_attribute_config({"axis": None, **PER_TOKEN})
+
+
+def fill(module: SegLinear, solution: LinearSolution) -> None:
+    """Write a solution into the banks of a SegLinear laid out for it."""
+    for bank, found in (
+        (module.input_quantizer, solution.input_amax),
+        (module.weight_quantizer, solution.weight_amax),
+    ):
+        bank.set_buffer("_smoothing", solution.smoothing)
+        for name, amax in found.items():
+            bank.block(name).amax = amax
+    module.input_quantizer.set_buffer("_shift", solution.shift)

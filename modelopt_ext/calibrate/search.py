@@ -1,0 +1,312 @@
+"""Choosing the treatment of every block of one Linear by the error of its output on sampled rows.
+
+Pure functions on tensors; the driver moves modules. Letters: K input channels, N output channels, R sampled rows;
+for input segment t and output group g the block's share of the output is  x[t] W[g,t]^T,  and its error
+
+    || (x[t] - c) W[g,t]^T  -  Q((x[t] - c) / s) Q(W[g,t] * s)^T ||^2      over the sampled rows
+
+(the shift's W c comes back exactly, so it cancels), with c, s and static scales fitted to other calls than the rows
+come from (:meth:`LinearStatistics.folds`). Blocks are chosen apart: the sum over t of their errors is the
+layer's, up to correlations between segments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..formats import QuantFormat, quantize_dequantize, row_amax
+from ..nn.layout import SegLayout, input_block, slices, weight_block
+from ..plan import LinearPlan
+from .polarity import candidates, is_polar, shift_of
+from .smoothing import smoothing_scale
+from .statistics import ChannelRange, LinearStatistics, Sample
+
+# A dearer treatment has to win at least this share of the error, or noise on the sample would decide.
+WORTHWHILE = 0.01
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What may be tried.
+
+    Attributes:
+        polarity: policy, see :mod:`.polarity`.
+        shift_per_channel: granularity of the shift.
+        alphas: smoothing strengths to try; None stands for no smoothing.
+        weight_bound_rows: a GEMM of at most this many rows is taken to be bound by reading its weight.
+    """
+
+    polarity: str = "auto"
+    shift_per_channel: bool = True
+    alphas: tuple[float | None, ...] = (None,)
+    weight_bound_rows: int = 64
+
+
+@dataclass
+class LinearSolution:
+    """Everything that calibration decides about one Linear.
+
+    Attributes:
+        layout: its blocks.
+        smoothing: (output groups, K) float32, or None.
+        shift: (K,) float32, or None.
+        input_amax: block name to () float32; empty when activations are dynamic or not quantized.
+        weight_amax: block name to (rows, 1) or () float32; empty when the weight is not quantized.
+        treatments: per input segment ``none``, ``shift``, ``dual`` or ``dual8``, for reports.
+        alphas: per output group and input segment the smoothing strength, None without, for reports.
+        sqnr: output signal to quantization noise on the sampled rows, dB; NaN without samples.
+    """
+
+    layout: SegLayout
+    smoothing: Tensor | None
+    shift: Tensor | None
+    input_amax: dict[str, Tensor] = field(default_factory=dict)
+    weight_amax: dict[str, Tensor] = field(default_factory=dict)
+    treatments: tuple[str, ...] = ()
+    alphas: tuple[tuple[float | None, ...], ...] = ()
+    sqnr: float = math.nan
+
+    @property
+    def is_stock(self) -> bool:
+        """True when two stock quantizers express it: one block, no smoothing, no shift."""
+        return self.layout.is_single and self.smoothing is None and self.shift is None
+
+
+def static_amax(range_: ChannelRange, smoothing: Tensor, treatment: str, fmt: QuantFormat) -> tuple[Tensor, ...]:
+    """The static scales' amax of a (shifted) segment with channel ranges ``range_`` (k,) and ``smoothing`` (k,).
+
+    Returns:
+        One () tensor, or two, (positive, negative), where the treatment splits by sign.
+    """
+    if treatment in ("none", "shift"):
+        return ((range_.amax / smoothing).amax(),)
+    positive = (range_.high / smoothing).amax().clamp(min=0)
+    negative = (-range_.low / smoothing).amax().clamp(min=0)
+    if treatment == "dual" and fmt.is_integer:
+        # The negative codes reach one further than the positive ones: -128 stands for the minimum.
+        negative = negative * (fmt.max_code / -fmt.min_code)
+    return positive, negative
+
+
+def round_input(z: Tensor, treatment: str, fmt: QuantFormat, amax: tuple[Tensor, ...] | None) -> Tensor:
+    """Round z (R, k) as an :class:`InputBank` block would; ``amax`` None means dynamic scales."""
+    if treatment in ("none", "shift"):
+        return quantize_dequantize(z, row_amax(z, fmt) if amax is None else amax[0], fmt)
+    positive, negative = z.clamp(min=0), (-z).clamp(min=0)
+    if treatment == "dual8":
+        fmt = fmt.as_unsigned()
+    else:
+        negative = -negative
+    amax = amax or (row_amax(positive, fmt), row_amax(negative, fmt))
+    rounded = quantize_dequantize(negative, amax[1], fmt)
+    return quantize_dequantize(positive, amax[0], fmt) + (-rounded if treatment == "dual8" else rounded)
+
+
+def round_weight(weight: Tensor, segments: Sequence[int], fmt: QuantFormat | None) -> Tensor:
+    """Round W (n, k), each of ``segments`` (sizes along n) with its own scales."""
+    if fmt is None:
+        return weight
+    parts = weight.split(list(segments))
+    return torch.cat([quantize_dequantize(part, row_amax(part, fmt), fmt) for part in parts])
+
+
+def solve_linear(
+    weight: Tensor,
+    plan: LinearPlan,
+    statistics: LinearStatistics,
+    input_format: QuantFormat | None,
+    weight_format: QuantFormat | None,
+    options: SearchOptions,
+    has_statistics: bool = True,
+) -> LinearSolution:
+    """Choose smoothing, shift, polarity and scales of every block.
+
+    Args:
+        weight: the plain weight, (N, K), any float dtype, on the device to work on.
+        plan: the Linear's segments.
+        statistics: of its inputs.
+        input_format, weight_format: None where nothing is quantized.
+        options: what may be tried.
+        has_statistics: False when the rows are generated ones, good for their number but not for their values.
+    """
+    weight = weight.detach().float()
+    groups = plan.out_segments if options.alphas != (None,) else (weight.shape[0],)
+    weight_segments = plan.out_segments if weight_format is not None and not weight_format.per_row else groups
+    weight_bound = statistics.largest_call <= options.weight_bound_rows
+
+    folds = statistics.folds()
+    chosen = [
+        _solve_segment(
+            statistics.whole.select(channels, weight.device),
+            [fold.select(channels, weight.device) for fold in folds],
+            weight[:, channels],
+            _nested(groups, weight_segments),
+            tag,
+            input_format,
+            weight_format,
+            options,
+            weight_bound,
+            has_statistics,
+        )
+        for channels, tag in zip(plan.in_slices, plan.activations, strict=True)
+    ]
+    if all(alpha is None for choice in chosen for alpha in choice.alphas):
+        # A cut that changes no number is not made: without smoothing all groups read the same codes.
+        groups = (weight.shape[0],)
+        weight_segments = weight_segments if weight_format is not None and not weight_format.per_row else groups
+        chosen = [choice.merged() for choice in chosen]
+
+    treatments = tuple(choice.treatment for choice in chosen)
+    layout = SegLayout(
+        in_segments=plan.in_segments,
+        out_groups=groups,
+        weight_segments=weight_segments,
+        polarity=tuple("none" if treatment == "shift" else treatment for treatment in treatments),
+    )
+    smoothing = torch.cat([choice.smoothing for choice in chosen], dim=1)
+    shift = torch.cat([choice.shift for choice in chosen]) if "shift" in treatments else None
+    solution = LinearSolution(
+        layout=layout,
+        smoothing=smoothing if any(alpha is not None for choice in chosen for alpha in choice.alphas) else None,
+        shift=shift,
+        treatments=treatments,
+        alphas=tuple(zip(*(choice.alphas for choice in chosen), strict=True)),
+    )
+    signal, noise = sum(choice.signal for choice in chosen), sum(choice.noise for choice in chosen)
+    if has_statistics and signal > 0:
+        solution.sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise)
+    if input_format is not None and not input_format.dynamic:
+        for segment, choice in enumerate(chosen):
+            for group, scales in enumerate(choice.input_amax):
+                solution.input_amax[input_block(group, segment)] = scales[0]
+                if len(scales) == 2:
+                    solution.input_amax[input_block(group, segment, negative=True)] = scales[1]
+    if weight_format is not None and not weight_format.dynamic:
+        solution.weight_amax = _weight_amax(weight, layout, solution.smoothing, weight_format)
+    return solution
+
+
+def _nested(groups: tuple[int, ...], segments: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """For every group the sizes of the segments inside it."""
+    bounds = slices(segments)
+    return [
+        tuple(part.stop - part.start for part in bounds if group.start <= part.start < group.stop)
+        for group in slices(groups)
+    ]
+
+
+def _weight_amax(weight: Tensor, layout: SegLayout, smoothing: Tensor | None, fmt: QuantFormat) -> dict[str, Tensor]:
+    found = {}
+    for index, rows in enumerate(layout.weight_slices):
+        part = weight[rows] if smoothing is None else weight[rows] * smoothing[layout.group_of(index)]
+        for segment, channels in enumerate(layout.in_slices):
+            found[weight_block(index, segment)] = row_amax(part[:, channels], fmt)
+    return found
+
+
+@dataclass
+class _Choice:
+    """The outcome for one input segment; lists run over the output groups."""
+
+    treatment: str
+    shift: Tensor  # (k,)
+    alphas: tuple[float | None, ...] = ()
+    smoothing: Tensor = field(default_factory=lambda: torch.empty(0))  # (groups, k)
+    input_amax: list[tuple[Tensor, ...]] = field(default_factory=list)
+    noise: float = 0.0
+    signal: float = 0.0
+
+    def merged(self) -> _Choice:
+        """The same without smoothing, for one group."""
+        return replace(self, alphas=(None,), smoothing=self.smoothing[:1], input_amax=self.input_amax[:1])
+
+
+def _solve_segment(
+    whole: Sample,
+    folds: list[Sample],
+    weight: Tensor,
+    groups: list[tuple[int, ...]],
+    tag: str,
+    input_format: QuantFormat | None,
+    weight_format: QuantFormat | None,
+    options: SearchOptions,
+    weight_bound: bool,
+    has_statistics: bool,
+) -> _Choice:
+    """Try every treatment with every smoothing; weight is (N, k), ``groups`` has the weight segments of each group."""
+    low, high = float(whole.range.low.min()), float(whole.range.high.max())
+    polar = is_polar(tag, low, high) if has_statistics else bool(tag)
+    treatments = candidates(
+        options.polarity, polar=polar, weight_bound=weight_bound, fmt=input_format, has_statistics=has_statistics
+    )
+    if not has_statistics:
+        # Generated rows say nothing about errors: the finest treatment on offer is taken as it is.
+        treatments = treatments[-1:]
+    best: _Choice | None = None
+    for treatment in treatments:
+        choice = _try_treatment(whole, folds, weight, groups, treatment, input_format, weight_format, options)
+        if best is None or choice.noise < best.noise * (1 - WORTHWHILE):
+            best = choice
+    assert best is not None
+    return best
+
+
+def _try_treatment(
+    whole: Sample,
+    folds: list[Sample],
+    weight: Tensor,
+    groups: list[tuple[int, ...]],
+    treatment: str,
+    input_format: QuantFormat | None,
+    weight_format: QuantFormat | None,
+    options: SearchOptions,
+) -> _Choice:
+    """The best smoothing of every group under one treatment: tried on the folds, then fitted to all calls."""
+
+    def shift_for(sample: Sample) -> Tensor:
+        if treatment == "shift":
+            return shift_of(sample.range.high, sample.range.low, options.shift_per_channel)
+        return torch.zeros_like(sample.range.high)
+
+    def fit(range_: ChannelRange, part: Tensor, alpha: float | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Smoothing (k,) and static amax for a shifted range; () where scales are dynamic."""
+        scale = torch.ones_like(range_.high)
+        if alpha is not None:
+            scale = smoothing_scale(range_.amax, part.abs().amax(dim=0), alpha)
+        if input_format is None or input_format.dynamic:
+            return scale, ()
+        return scale, static_amax(range_, scale, treatment, input_format)
+
+    def noise_of(sample: Sample, part: Tensor, sizes: Sequence[int], alpha: float | None, reference: Tensor) -> float:
+        scale, static = fit(sample.range, part, alpha)
+        z = sample.rows / scale
+        if input_format is not None:
+            z = round_input(z, treatment, input_format, static or None)
+        return float((z @ round_weight(part * scale, sizes, weight_format).T - reference).square().sum())
+
+    choice = _Choice(treatment, shift=shift_for(whole))
+    shifted = [fold - shift_for(fold) for fold in folds]
+    fitted = []
+    for sizes, part in zip(groups, weight.split([sum(sizes) for sizes in groups]), strict=True):
+        # The signal is the whole output, shift included, or shifted segments would look worse than they are.
+        choice.signal += sum(float((fold.rows @ part.T).square().sum()) for fold in folds)
+        references = [fold.rows @ part.T for fold in shifted]
+        best, least = options.alphas[0], math.inf
+        for alpha in options.alphas:
+            noise = sum(
+                noise_of(fold, part, sizes, alpha, reference)
+                for fold, reference in zip(shifted, references, strict=True)
+            )
+            if noise < least * (1 - WORTHWHILE):
+                best, least = alpha, noise
+        choice.noise += least
+        choice.alphas += (best,)
+        fitted.append(fit(whole.range - choice.shift, part, best))
+    choice.smoothing = torch.stack([scale for scale, _ in fitted])
+    choice.input_amax = [static for _, static in fitted]
+    return choice

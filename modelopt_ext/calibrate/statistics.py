@@ -1,0 +1,217 @@
+"""What one pass over the calibration data leaves behind for every Linear: channel ranges and a sample of input rows.
+
+Everything that calibration decides later is local to a layer and uses only this. Memory is the sample: at most
+``samples`` rows a Linear, kept on the CPU in 16 bits, however long the pass is.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import Tensor, nn
+
+# Ranges are kept apart for up to this many spans of consecutive calls, so that a choice can be tried on calls that its
+# ranges do not come from.
+SPANS = 8
+
+
+@dataclass
+class ChannelRange:
+    """Largest and smallest value of every channel over some rows, each (K,) float32."""
+
+    high: Tensor
+    low: Tensor
+
+    @property
+    def amax(self) -> Tensor:
+        """(K,) float32 >= 0, largest magnitudes."""
+        return torch.maximum(self.high, -self.low)
+
+    @property
+    def is_finite(self) -> bool:
+        """False when any value was NaN or infinite."""
+        return bool(torch.isfinite(self.high).all() and torch.isfinite(self.low).all())
+
+    def __or__(self, other: ChannelRange) -> ChannelRange:
+        """The range of both sets of rows."""
+        device = self.high.device
+        return ChannelRange(
+            torch.maximum(self.high, other.high.to(device)), torch.minimum(self.low, other.low.to(device))
+        )
+
+    def __sub__(self, shift: Tensor) -> ChannelRange:
+        """The range after subtracting ``shift`` (K,)."""
+        return ChannelRange(self.high - shift, self.low - shift)
+
+    def select(self, channels: slice, device: torch.device) -> ChannelRange:
+        """The range of some channels, on ``device``."""
+        return ChannelRange(self.high[channels].to(device), self.low[channels].to(device))
+
+
+@dataclass
+class Sample:
+    """Some rows (R, K) and a range of channels to quantize them with, their own or that of other rows."""
+
+    rows: Tensor
+    range: ChannelRange
+
+    def select(self, channels: slice, device: torch.device) -> Sample:
+        """The same for some channels, on ``device``, rows in float32."""
+        return Sample(self.rows[:, channels].to(device).float(), self.range.select(channels, device))
+
+    def __sub__(self, shift: Tensor) -> Sample:
+        """The rows and their range after subtracting ``shift`` (K,)."""
+        return Sample(self.rows - shift, self.range - shift)
+
+
+@dataclass
+class LinearStatistics:
+    """The inputs that a Linear saw, x (rows, K) over all calls.
+
+    Attributes:
+        rows: (at most ``samples``, K) bfloat16 or float16, on the CPU: a uniform sample without replacement.
+        rows_seen: number of rows over all calls.
+        calls: number of calls.
+        largest_call: number of rows of the largest call, the M of its GEMM.
+    """
+
+    samples: int
+    seed: int
+    rows: Tensor | None = None
+    rows_seen: int = 0
+    calls: int = 0
+    largest_call: int = 0
+    _spans: list[ChannelRange] = field(default_factory=list)
+    _calls_a_span: int = 1
+    _keys: Tensor | None = None
+    _call_of_row: Tensor | None = None
+    _generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def __post_init__(self) -> None:
+        self._generator.manual_seed(self.seed)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in the input of one call, (..., K)."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        if x.shape[0] == 0:
+            return
+        self._extend_range(ChannelRange(x.amax(dim=0).float(), x.amin(dim=0).float()))
+        self._sample(x)
+        self.rows_seen += x.shape[0]
+        self.calls += 1
+        self.largest_call = max(self.largest_call, x.shape[0])
+
+    def _extend_range(self, seen: ChannelRange) -> None:
+        if self.calls % self._calls_a_span:
+            self._spans[-1] |= seen
+            return
+        if len(self._spans) == SPANS:
+            self._spans = [first | second for first, second in zip(self._spans[::2], self._spans[1::2], strict=True)]
+            self._calls_a_span *= 2
+        self._spans.append(seen)
+
+    def _sample(self, x: Tensor) -> None:
+        # Every row draws a random key; the rows with the smallest keys stay. One pass, exact, independent of how the
+        # rows are spread over calls, and most rows of a long pass are turned away before they are copied.
+        keys = torch.rand(x.shape[0], generator=self._generator, dtype=torch.float64)
+        if self._keys is not None and len(self._keys) == self.samples:
+            chosen = (keys < self._keys.max()).nonzero().squeeze(1)
+        else:
+            chosen = torch.arange(len(keys))
+        if len(chosen) > self.samples:
+            chosen = keys.index_select(0, chosen).topk(self.samples, largest=False).indices.sort().values
+        if not len(chosen):
+            return
+        dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+        rows = x.index_select(0, chosen.to(x.device)).to("cpu", dtype)
+        keys, calls = keys[chosen], torch.full((len(chosen),), self.calls)
+        if self.rows is not None and self._keys is not None and self._call_of_row is not None:
+            rows = torch.cat([self.rows, rows])
+            keys, calls = torch.cat([self._keys, keys]), torch.cat([self._call_of_row, calls])
+        if len(keys) > self.samples:
+            kept = keys.topk(self.samples, largest=False).indices.sort().values
+            rows, keys, calls = rows[kept], keys[kept], calls[kept]
+        self.rows, self._keys, self._call_of_row = rows, keys, calls
+
+    @property
+    def range(self) -> ChannelRange:
+        """Over all rows of all calls, sampled or not."""
+        return reduce(ChannelRange.__or__, self._spans)
+
+    @property
+    def whole(self) -> Sample:
+        """All sampled rows with the range of all calls."""
+        assert self.rows is not None
+        return Sample(self.rows, self.range)
+
+    def folds(self) -> list[Sample]:
+        """Rows with ranges of *other* calls: the two halves of the calls, each with the other's range.
+
+        Scales fitted to a range look perfect on the rows that set it; on the next prompt they clip. What is chosen by
+        its error on these folds has been tried on unseen calls. With a single call there is nothing to hold out, and
+        the only fold is :attr:`whole`.
+        """
+        if len(self._spans) < 2 or self.rows is None or self._call_of_row is None:
+            return [self.whole]
+        middle = len(self._spans) // 2
+        first, second = (reduce(ChannelRange.__or__, half) for half in (self._spans[:middle], self._spans[middle:]))
+        early = self._call_of_row < middle * self._calls_a_span
+        folds = [Sample(self.rows[early], second), Sample(self.rows[~early], first)]
+        return [fold for fold in folds if len(fold.rows)]
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Inside, no quantizer of the model rounds or collects; afterwards each is as it was."""
+    quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer)]
+    before = [(quantizer._if_quant, quantizer._if_calib) for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer._if_quant = quantizer._if_calib = False
+    try:
+        yield
+    finally:
+        for quantizer, (if_quant, if_calib) in zip(quantizers, before, strict=True):
+            quantizer._if_quant, quantizer._if_calib = if_quant, if_calib
+
+
+def collect(
+    model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], object], *, samples: int, seed: int
+) -> dict[str, LinearStatistics]:
+    """Run the calibration data through the model in full precision and watch the inputs of ``layers``.
+
+    Args:
+        model: the model that ``run`` calls.
+        layers: name to Linear.
+        run: calls the model with all calibration data.
+        samples: rows to keep a Linear.
+        seed: of the row samples; a layer's sample depends on this, its name and its inputs alone.
+
+    Returns:
+        Statistics by name, of the layers that were called, in the order of their first call.
+    """
+    found: dict[str, LinearStatistics] = {}
+
+    def watch(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in found:
+            # crc32, not hash(): the latter differs from process to process.
+            found[name] = LinearStatistics(samples, seed=(seed << 32) ^ zlib.crc32(name.encode()))
+        found[name].update(args[0] if args else kwargs["input"])
+
+    handles = [
+        layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, layer in layers.items()
+    ]
+    try:
+        with full_precision(model):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,211 @@
+"""Banks of quantizers: what a segmented Linear has in the place of its two stock quantizers.
+
+A bank *is* a :class:`TensorQuantizer`, so that ModelOpt's patterns, summaries, save and restore find it under the
+usual names ``input_quantizer`` and ``weight_quantizer``; it never rounds anything itself. Its attributes (bits, axis,
+static or dynamic, enabled) are the template of its blocks, which are stock quantizers nested under it; a pattern that
+reconfigures the bank reconfigures them. Buffers of a bank travel in ModelOpt's quantizer state like any ``_amax``.
+
+    activations, output group o, input segment t:   z = (x[t] - c[t]) / s[o, t],  codes of z by block o_t
+    weights, the same block:                         W[o, t] * s[o, t],            codes by block w_t
+
+``s`` is SmoothQuant's smoothing (arXiv 2211.10438, eq. 4), ``c`` the shift, which SegLinear gives back as a bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import Tensor
+
+from .layout import SPLIT_BY_SIGN, SegLayout, input_block, weight_block
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """At least float32: half-precision smoothing would cost more than INT8 rounding does."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class QuantizerBank(TensorQuantizer):
+    """What the input and the weight bank share: a layout, blocks that follow the template, optional smoothing."""
+
+    _skip_properties_for_save_restore = TensorQuantizer._skip_properties_for_save_restore | {"_layout"}
+    _layout: SegLayout
+
+    @classmethod
+    def adopt(cls, quantizer: TensorQuantizer, layout: SegLayout) -> QuantizerBank:
+        """Turn ``quantizer`` (or another bank) in place into a bank laid out as ``layout``, blocks not calibrated."""
+        quantizer.__class__ = cls
+        assert isinstance(quantizer, cls)
+        for name in [name for name, child in quantizer.named_children() if isinstance(child, TensorQuantizer)]:
+            delattr(quantizer, name)
+        quantizer._del_pytorch_state()
+        quantizer._layout = layout
+        for name in quantizer.block_names():
+            quantizer.add_module(name, TensorQuantizer())
+        quantizer._configure_blocks()
+        return quantizer
+
+    @property
+    def layout(self) -> SegLayout:
+        """The layout of the Linear that this bank belongs to."""
+        return self._layout
+
+    def block_names(self) -> list[str]:
+        """Names of the blocks, in order."""
+        raise TypeError("a bank is an InputBank or a WeightBank")
+
+    def block(self, name: str) -> TensorQuantizer:
+        """The quantizer of one block."""
+        return self.get_submodule(name)
+
+    def set_buffer(self, name: str, value: Tensor | None) -> None:
+        """Set, replace or (None) remove a buffer of the bank."""
+        if hasattr(self, name):
+            delattr(self, name)
+        if value is not None:
+            self.register_buffer(name, value)
+
+    def set_from_attribute_config(self, attribute_cfg: Any) -> None:
+        """Set the template's attributes, then those of every block."""
+        super().set_from_attribute_config(attribute_cfg)
+        if "_layout" in self.__dict__:
+            self._configure_blocks()
+
+    def _template(self) -> dict[str, Any]:
+        known = TensorQuantizer().get_modelopt_state(properties_only=True)
+        return {key: value for key, value in self.get_modelopt_state(properties_only=True).items() if key in known}
+
+    def _configure_blocks(self) -> None:
+        template = self._template()
+        for name in self.block_names():
+            self.block(name).set_from_modelopt_state(template, properties_only=True)
+
+    def disable(self) -> None:
+        """Disable the bank and its blocks."""
+        super().disable()
+        for name in self.block_names():
+            self.block(name).disable()
+
+    def enable(self) -> None:
+        """Enable the bank and its blocks."""
+        super().enable()
+        for name in self.block_names():
+            self.block(name).enable()
+
+    @property
+    def smoothing(self) -> Tensor | None:
+        """SmoothQuant's s, (output groups, K) float32 > 0: activations are divided by it, weights multiplied."""
+        return getattr(self, "_smoothing", None)
+
+    def extra_repr(self) -> str:
+        """The layout and the template in one line."""
+        layout = self._layout
+        parts = [
+            "disabled" if self._disabled else f"{self._num_bits} bit",
+            f"in={list(layout.in_segments)}",
+            f"groups={list(layout.out_groups)}",
+            f"polarity={list(layout.polarity)}",
+        ]
+        if self.smoothing is not None:
+            parts.append(f"smoothing={self._short_tensor(self.smoothing)}")
+        return " ".join(parts)
+
+
+class InputBank(QuantizerBank):
+    """Quantizers of the activations: one a block, two where the block is split by sign."""
+
+    def block_names(self) -> list[str]:
+        """``block{group}_{segment}``, and ``..._negative`` for the second of a pair."""
+        layout = self._layout
+        return [
+            input_block(group, segment, negative)
+            for group in range(len(layout.out_groups))
+            for segment, polarity in enumerate(layout.polarity)
+            for negative in ((False, True) if polarity in SPLIT_BY_SIGN else (False,))
+        ]
+
+    def _configure_blocks(self) -> None:
+        super()._configure_blocks()
+        for segment, polarity in enumerate(self._layout.polarity):
+            if polarity == "dual8":
+                for group in range(len(self._layout.out_groups)):
+                    for negative in (False, True):
+                        self.block(input_block(group, segment, negative)).unsigned = True
+
+    @property
+    def shift(self) -> Tensor | None:
+        """c, (K,) float32, exact in bfloat16: subtracted from x before smoothing; None without a shift."""
+        return getattr(self, "_shift", None)
+
+    @property
+    def offset(self) -> Tensor | None:
+        """W c, (N,) float32, kept only once the weight is folded (see :meth:`SegLinear.fold_weight`)."""
+        return getattr(self, "_offset", None)
+
+    def forward(self, inputs: Tensor, group: int = 0) -> Tensor:
+        """Round the activations as one output group reads them.
+
+        Args:
+            inputs: (..., K).
+            group: index of the output group.
+
+        Returns:
+            (..., K) in ``inputs``'s dtype: ``s * z`` is not undone, z is what the group's smoothed weights expect.
+        """
+        x = inputs.reshape(-1, inputs.shape[-1]).to(_working_dtype(inputs))
+        if self.shift is not None:
+            x = x - self.shift
+        if self.smoothing is not None:
+            x = x / self.smoothing[group]
+        parts = [self._round(x[:, channels], group, segment) for segment, channels in enumerate(self._layout.in_slices)]
+        rounded = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return rounded.to(inputs.dtype).reshape(inputs.shape)
+
+    def _round(self, z: Tensor, group: int, segment: int) -> Tensor:
+        polarity = self._layout.polarity[segment]
+        block = self.block(input_block(group, segment))
+        if polarity == "none":
+            return block(z)
+        negative = self.block(input_block(group, segment, negative=True))
+        if polarity == "dual":
+            return block(z.clamp(min=0)) + negative(z.clamp(max=0))
+        return block(z.clamp(min=0)) - negative((-z).clamp(min=0))
+
+
+class WeightBank(QuantizerBank):
+    """Quantizers of the weight, one a block."""
+
+    def block_names(self) -> list[str]:
+        """``block{weight segment}_{input segment}``."""
+        layout = self._layout
+        return [
+            weight_block(row, segment)
+            for row in range(len(layout.weight_segments))
+            for segment in range(len(layout.in_segments))
+        ]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Smooth and round a weight.
+
+        Args:
+            inputs: the plain weight, (N, K).
+
+        Returns:
+            (N, K) in the weight's dtype, in the smoothed domain that :meth:`InputBank.forward` produces.
+        """
+        layout = self._layout
+        weight = inputs.to(_working_dtype(inputs))
+        rows = []
+        for index, out in enumerate(layout.weight_slices):
+            part = weight[out]
+            if self.smoothing is not None:
+                part = part * self.smoothing[layout.group_of(index)]
+            blocks = [
+                self.block(weight_block(index, segment))(part[:, channels])
+                for segment, channels in enumerate(layout.in_slices)
+            ]
+            rows.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1))
+        rounded = rows[0] if len(rows) == 1 else torch.cat(rows, dim=0)
+        return rounded.to(inputs.dtype)

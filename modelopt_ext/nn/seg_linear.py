@@ -1,0 +1,138 @@
+"""SegLinear: a quantized Linear whose blocks have their own scales.
+
+For output groups o and input segments t (arXiv 2507.14811, SegLinear and DualScale; the shift and the wide polarity
+are ours):
+
+    y[o] = sum_t  Q((x[t] - c[t]) / s[o,t]) . Q(W[o,t] * s[o,t])^T  +  W c  +  b[o]
+
+where Q of a segment split by sign is Q(x+) + Q(x-), each sign with its own scale and the weight shared. The weight that
+the module holds is the plain one of the model: smoothing and rounding happen on the way, so a checkpoint's ``weight``
+keeps its meaning, LoRA adapters can be fused into it, and calibrating again starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from modelopt.torch.opt.dynamic import _DMRegistryCls
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from torch import Tensor, nn
+
+from .banks import InputBank, WeightBank
+from .layout import SegLayout
+
+
+class SegLinear(QuantModule):
+    """Mixed into a Linear's quantized class: the result is still an ``nn.Linear`` with one ``weight`` and one ``bias``.
+
+    Made by :func:`to_seg_linear`, never constructed. ``input_quantizer`` is an :class:`InputBank`,
+    ``weight_quantizer`` a :class:`WeightBank`.
+    """
+
+    input_quantizer: InputBank
+    weight_quantizer: WeightBank
+    output_quantizer: TensorQuantizer
+
+    def _setup(self) -> None:
+        """Nothing to add: the quantizers are those of the class below, turned into banks by :func:`to_seg_linear`."""
+
+    @property
+    def layout(self) -> SegLayout:
+        """How the blocks are laid out."""
+        return self.input_quantizer.layout
+
+    @property
+    def plain_weight(self) -> Tensor:
+        """The weight as stored, (N, K), whatever mode ModelOpt's dynamic attributes are in."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Evaluate the equation above with fake quantization.
+
+        Args:
+            input: (..., K), any float dtype.
+
+        Returns:
+            (..., N), in the dtype that ``F.linear`` gives (the autocast dtype under autocast).
+        """
+        weight = self.plain_weight
+        if self._is_transparent():
+            return self.output_quantizer(F.linear(input, weight, self.bias))
+        bias = self._effective_bias(weight)
+        rounded = self.weight_quantizer(weight)
+        outputs = [
+            F.linear(self.input_quantizer(input, group), rounded[rows], None if bias is None else bias[rows])
+            for group, rows in enumerate(self.layout.out_slices)
+        ]
+        return self.output_quantizer(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
+
+    def _is_transparent(self) -> bool:
+        """True when nothing is quantized, so that a disabled layer gives full-precision outputs to the bit."""
+        folded = getattr(self.weight_quantizer, "_folded", False)
+        return not (self.input_quantizer.is_enabled or self.weight_quantizer.is_enabled or folded)
+
+    def _effective_bias(self, weight: Tensor) -> Tensor | None:
+        """b + W c, (N,). With the full-precision W: what the shift takes out of the codes comes back without error."""
+        shift, offset = self.input_quantizer.shift, self.input_quantizer.offset
+        if offset is None and shift is not None:
+            offset = F.linear(shift.to(weight.dtype), weight)
+        if offset is None:
+            return self.bias
+        return offset.to(weight.dtype) if self.bias is None else self.bias + offset.to(self.bias.dtype)
+
+    def iter_weights_for_calibration(self) -> Iterator[tuple[Tensor, TensorQuantizer]]:
+        """Yield (weight, bank): the bank hands each block its smoothed slice."""
+        yield self.plain_weight, self.weight_quantizer
+
+    @torch.no_grad()
+    def fold_weight(self, keep_attrs: bool = False) -> None:
+        """Bake smoothing and rounding into ``weight``, once; activations stay quantized.
+
+        After this the stored weight lives in the smoothed domain and only this module can use it.
+        """
+        bank = self.weight_quantizer
+        if getattr(bank, "_folded", False) or not bank.is_enabled:
+            return
+        weight = self.plain_weight
+        if self.input_quantizer.shift is not None:
+            self.input_quantizer.set_buffer("_offset", F.linear(self.input_quantizer.shift, weight.float()))
+        weight.copy_(bank(weight))
+        bank._folded = True
+        bank.disable()
+        bank.set_buffer("_smoothing", None)
+        if not keep_attrs:
+            for name in bank.block_names():
+                bank.block(name).reset_amax()
+
+
+# Quantized Linear class -> its segmented class, filled as classes are met (nn.Linear subclasses each have their own).
+SegLinearRegistry = _DMRegistryCls("Seg", QuantModule)
+
+
+def to_seg_linear(module: nn.Module, layout: SegLayout, version: str | None = None) -> SegLinear:
+    """Lay a quantized Linear out as ``layout``, in place; its quantizers become banks with blocks not calibrated.
+
+    Args:
+        module: a ModelOpt QuantLinear, or a SegLinear whose layout changes.
+        layout: must have the module's numbers of features.
+        version: unused; ModelOpt's registries pass the version of a checkpoint here.
+
+    Raises:
+        ValueError: the layout is for another size.
+    """
+    if (layout.in_features, layout.out_features) != (module.in_features, module.out_features):
+        raise ValueError(
+            f"the layout is for {layout.in_features} -> {layout.out_features} features, "
+            f"the Linear has {module.in_features} -> {module.out_features}"
+        )
+    if not isinstance(module, SegLinear):
+        if type(module) not in SegLinearRegistry:
+            SegLinearRegistry.register({type(module): type(module).__name__})(SegLinear)
+        module = SegLinearRegistry.convert(module)
+    InputBank.adopt(module.input_quantizer, layout)
+    WeightBank.adopt(module.weight_quantizer, layout)
+    return module
