@@ -18,10 +18,27 @@ from .config import SegQuantCalibConfig
 from .mode import plan_of
 from .nn import SegLinear
 from .plan import LinearPlan, SegmentPlan
-from .presets import *  # noqa: F403
+from .presets import (
+    SEGQUANT_CFG,
+    SEGQUANT_FP8_CFG,
+    SEGQUANT_INT8_CFG,
+    SEGQUANT_INT8_DYNAMIC_CFG,
+    SEGQUANT_INT8_PER_TENSOR_CFG,
+)
 
 for _name, _preset in presets.PRESETS.items():
     setattr(mtq, _name, _preset)
     mtq_config.choices.add(_name)
 
-__all__ = ["LinearPlan", "SegLinear", "SegQuantCalibConfig", "SegmentPlan", "plan_of", *presets.__all__]
+__all__ = [
+    "SEGQUANT_CFG",
+    "SEGQUANT_FP8_CFG",
+    "SEGQUANT_INT8_CFG",
+    "SEGQUANT_INT8_DYNAMIC_CFG",
+    "SEGQUANT_INT8_PER_TENSOR_CFG",
+    "LinearPlan",
+    "SegLinear",
+    "SegQuantCalibConfig",
+    "SegmentPlan",
+    "plan_of",
+]

@@ -82,7 +82,7 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
         default=512,
         ge=1,
         title="Input rows kept of each Linear.",
-        description="A uniform sample over all calibration rows, kept on the CPU in 16 bits, on which blocks are chosen.",
+        description="A uniform sample of all calibration rows, on the CPU in 16 bits, on which blocks are chosen.",
     )
     seed: int = ModeloptField(default=0, ge=0, title="Seed of the row samples.")
     plan: dict[str, Any] | None = ModeloptField(
@@ -124,7 +124,7 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
     def _no_layerwise(self) -> SegQuantCalibConfig:
         if self.layerwise.enable:
             raise ValueError(
-                "segquant needs one pass over the whole model, not layerwise calibration: leave layerwise.enable=False; "
+                "segquant makes one pass over the whole model: leave layerwise.enable=False; "
                 "memory is bounded by `samples`, and accelerate's offloading works during calibration"
             )
         return self

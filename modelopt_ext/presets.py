@@ -26,6 +26,14 @@ def linear_only(weight: dict[str, Any], activation: dict[str, Any] | None, **alg
     return {"quant_cfg": entries, "algorithm": {"method": "segquant", **algorithm}}
 
 
+__all__ = [
+    "SEGQUANT_CFG",
+    "SEGQUANT_FP8_CFG",
+    "SEGQUANT_INT8_CFG",
+    "SEGQUANT_INT8_DYNAMIC_CFG",
+    "SEGQUANT_INT8_PER_TENSOR_CFG",
+]
+
 PER_TOKEN = {"block_sizes": {-1: None, "type": "dynamic"}, "type": "dynamic"}
 
 SEGQUANT_INT8_CFG = linear_only({"num_bits": 8, "axis": 0}, {"num_bits": 8, "axis": None}, embedders="per_token")
@@ -46,12 +54,4 @@ SEGQUANT_FP8_CFG = linear_only(
 
 SEGQUANT_CFG = SEGQUANT_INT8_CFG
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "SEGQUANT_CFG": SEGQUANT_CFG,
-    "SEGQUANT_INT8_CFG": SEGQUANT_INT8_CFG,
-    "SEGQUANT_INT8_PER_TENSOR_CFG": SEGQUANT_INT8_PER_TENSOR_CFG,
-    "SEGQUANT_INT8_DYNAMIC_CFG": SEGQUANT_INT8_DYNAMIC_CFG,
-    "SEGQUANT_FP8_CFG": SEGQUANT_FP8_CFG,
-}
-
-__all__ = [*PRESETS]
+PRESETS: dict[str, dict[str, Any]] = {name: globals()[name] for name in __all__}

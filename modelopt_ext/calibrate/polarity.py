@@ -3,7 +3,7 @@
 After SiLU, GELU and gated products the negatives are many and small, the positives few and large, and one symmetric
 scale wastes half its codes. What can be done about it, for x of one segment:
 
-``dual``   Q(x+; s+) + Q(x-; s-), signed codes each (SegQuant, arXiv 2507.14811, DualScale): a second GEMM on one weight.
+``dual``   Q(x+; s+) + Q(x-; s-), signed codes each (SegQuant's DualScale, arXiv 2507.14811): a second GEMM.
 ``dual8``  the same with all codes on one side of zero: one bit more for each sign, the same cost.
 ``shift``  Q(x - c) with c in the middle of the range: one GEMM; W c goes into the bias, in full precision.
 

@@ -132,7 +132,8 @@ def to_seg_linear(module: nn.Module, layout: SegLayout, version: str | None = No
     if not isinstance(module, SegLinear):
         if type(module) not in SegLinearRegistry:
             SegLinearRegistry.register({type(module): type(module).__name__})(SegLinear)
-        module = SegLinearRegistry.convert(module)
+        SegLinearRegistry.convert(module)  # in place
+    assert isinstance(module, SegLinear)
     InputBank.adopt(module.input_quantizer, layout)
     WeightBank.adopt(module.weight_quantizer, layout)
     return module
