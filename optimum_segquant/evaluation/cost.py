@@ -51,22 +51,21 @@ def layer_costs(denoiser: nn.Module, trajectories: Trajectories) -> dict[str, La
     costs: dict[str, LayerCost] = {}
     handles = []
 
-    def counter(name: str) -> Any:
+    def counter(name: str, weight: Tensor, transposed: bool) -> Any:
         def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            result: Tensor = first_tensor(output)
-            weight = module.weight
-            # Each output element is one dot product with weight[0]: in_features, or channels of a group times kernel.
-            multiply_adds = result.numel() * weight.numel() // weight.shape[0]
-            if isinstance(module, _ConvNd) and module.transposed:
-                multiply_adds = args[0].numel() * weight.numel() // weight.shape[0]
-            seen = costs.get(name)
-            costs[name] = LayerCost(weight.numel(), multiply_adds + (seen.multiply_adds if seen else 0))
+            # Each output element is a dot product with one row of the weight; a transposed convolution's weight has a
+            # row for each input element instead.
+            elements = args[0] if transposed else first_tensor(output)
+            multiply_adds = elements.numel() * (weight.numel() // weight.shape[0])
+            earlier = costs[name].multiply_adds if name in costs else 0
+            costs[name] = LayerCost(weight.numel(), earlier + multiply_adds)
 
         return count
 
     for name, module in denoiser.named_modules():
         if isinstance(module, (nn.Linear, _ConvNd)):
-            handles.append(module.register_forward_hook(counter(name)))
+            transposed = isinstance(module, _ConvNd) and module.transposed
+            handles.append(module.register_forward_hook(counter(name, module.weight, transposed)))
     try:
         Trajectories(trajectories.calls[:1]).forward_loop(denoiser)
     finally:
