@@ -5,8 +5,8 @@
 Memory is the peak resident set during the work, above what the process held just before (model, calibration data, one
 warm-up call). Each number comes from a new process, so that no earlier peak hides it: the forward passes of calibration
 alone, in full precision, and ``mtq.quantize``. Each is measured with malloc as it is, and with malloc told to give
-freed blocks back at once (glibc): only that shows how much is really in use, and it costs time. The difference between the
-two jobs is what calibration itself needs: the row samples and one layer's workspace.
+freed blocks back at once (glibc): only that shows how much is really in use, and it costs time. What calibration itself
+needs, the row samples and one layer's workspace, is the difference between the two jobs.
 """
 
 from __future__ import annotations

@@ -146,7 +146,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--unseen-steps", type=int, default=12, help="how many of their steps are measured")
     parser.add_argument("--images", type=int, default=32, help="images per config")
     parser.add_argument("--columns", type=int, default=8, help="images per config in the picture")
-    parser.add_argument("--rows", default="*", help="only configs whose name matches this pattern, e.g. 'SEGQUANT*'")
+    parser.add_argument(
+        "--rows", nargs="+", default=["*"], help="only configs whose name matches one of these patterns"
+    )
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(arguments)
 
@@ -155,9 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison and write its results."""
     start = time.perf_counter()
     options = parse_arguments(arguments)
-    configs = {name: config for name, config in table_rows().items() if fnmatch(name, options.rows)}
+    configs = {
+        name: config for name, config in table_rows().items() if any(fnmatch(name, pattern) for pattern in options.rows)
+    }
     if not configs:
-        raise SystemExit(f"--rows {options.rows!r} matches none of: {', '.join(table_rows())}")
+        raise SystemExit(f"--rows {' '.join(options.rows)} matches none of: {', '.join(table_rows())}")
     if not (options.pipeline / "model_index.json").is_file():
         raise SystemExit(f"{options.pipeline} holds no pipeline: train one with examples/train_shapes_pipeline.py")
     pipeline = StableDiffusion3Pipeline.from_pretrained(options.pipeline).to(options.device)
