@@ -27,7 +27,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import accumulate
+from itertools import accumulate, product
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,7 +35,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["ACTIVATIONS", "LinearPlan", "PlanOverride", "SegmentPlan"]
+__all__ = ["ACTIVATIONS", "LinearPlan", "PlanOverride", "SegmentPlan", "fold_names"]
 
 ACTIVATIONS = ("", "silu", "gelu", "gated")
 """What may have produced an input segment. All but ``""`` are polar: many small negatives, few large positives."""
@@ -212,27 +212,27 @@ class SegmentPlan:
         Args:
             trivial: whether Linears without cuts and tags are listed too.
         """
-        rows: dict[tuple[str, LinearPlan], list[str]] = {}
+        rows: dict[tuple[str, str], list[str]] = {}
         for name, plan in self.linears.items():
             if trivial or not plan.is_trivial:
-                rows.setdefault((_block_pattern(name), plan), []).append(name)
-        lines = [("module", "count", "in", "out")]
-        for (_, plan), names in rows.items():
-            inputs = _text(plan.in_segments, plan.activations)
-            lines.append((_fold_names(names), str(len(names)), inputs, _text(plan.out_segments)))
-        conv_rows: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+                cells = _text(plan.in_segments, plan.activations), _text(plan.out_segments)
+                rows.setdefault(cells, []).append(name)
         for name, sizes in self.convs.items():
-            conv_rows.setdefault((_block_pattern(name), sizes), []).append(name)
-        for (_, sizes), names in conv_rows.items():
-            lines.append((_fold_names(names), str(len(names)), _text(sizes), "(convolution)"))
+            rows.setdefault((_text(sizes), "(convolution)"), []).append(name)
+        order = {name: i for i, name in enumerate((*self.linears, *self.convs))}
+        body = []
+        for cells, names in rows.items():
+            for pattern, members in _fold(names):
+                body.append((order[members[0]], (pattern, str(len(members)), *cells)))
+        lines = [("module", "count", "in", "out"), *(line for _, line in sorted(body))]
         width = [max(len(line[i]) for line in lines) for i in range(4)]
         text = ["  ".join(cell.ljust(width[i]) for i, cell in enumerate(line)).rstrip() for line in lines]
         text.insert(1, "  ".join("-" * w for w in width))
         text.append(self.summary())
         for reason, names in _group_by_value(self.notes).items():
-            text.append(f"note: {_fold_all(names)}: {reason}")
+            text.append(f"note: {fold_names(names)}: {reason}")
         if self.uncalled:
-            text.append(f"never called, no segments: {_fold_all(self.uncalled)}")
+            text.append(f"never called, no segments: {fold_names(self.uncalled)}")
         return "\n".join(text)
 
     def __str__(self) -> str:
@@ -508,19 +508,41 @@ _BLOCK_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A name component that is a number."""
 
 
-def _block_pattern(name: str) -> str:
-    """The name with its block numbers replaced by ``*``."""
-    return _BLOCK_NUMBER.sub("*", name)
+def fold_names(names: Iterable[str]) -> str:
+    """Module names as one text, block numbers folded into ranges.
+
+    >>> fold_names(["blocks.0.to_q", "blocks.1.to_q", "blocks.2.to_q", "out"])
+    'blocks.{0-2}.to_q, out'
+    """
+    return ", ".join(pattern for pattern, _ in _fold(list(names)))
 
 
-def _fold_names(names: list[str]) -> str:
-    """One text for names of one block pattern: ``blocks.{0-2,5}.linear``. Exact if the numbers form a product set."""
-    if len(names) == 1:
-        return names[0]
-    numbers = [[int(number) for number in _BLOCK_NUMBER.findall(name)] for name in names]
-    columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
-    pieces = iter(_ranges(column) for column in columns)
-    return _BLOCK_NUMBER.sub(lambda _: next(pieces), names[0])
+def _fold(names: list[str]) -> list[tuple[str, list[str]]]:
+    """Exact patterns that together are the names, each with the names that it stands for."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_BLOCK_NUMBER.sub("*", name), []).append(name)
+    folded = []
+    for members in groups.values():
+        by_numbers = {tuple(int(number) for number in _BLOCK_NUMBER.findall(name)): name for name in members}
+        for columns in _products(list(by_numbers)):
+            covered = [by_numbers[numbers] for numbers in product(*columns)]
+            ranges = map(_ranges, columns)
+            folded.append((_BLOCK_NUMBER.sub(lambda _, ranges=ranges: next(ranges), members[0]), covered))
+    return folded
+
+
+def _products(rows: list[tuple[int, ...]]) -> list[list[list[int]]]:
+    """Rows of numbers as products of columns: {(0, 0), (0, 1), (1, 0), (1, 1)} is [[0, 1], [0, 1]]."""
+    if not rows or not rows[0]:
+        return [[]] if rows else []
+    tails: dict[int, list[tuple[int, ...]]] = {}
+    for row in rows:
+        tails.setdefault(row[0], []).append(row[1:])
+    heads: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for head, tail in tails.items():
+        heads.setdefault(tuple(sorted(tail)), []).append(head)
+    return [[sorted(head), *columns] for tail, head in heads.items() for columns in _products(list(tail))]
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -533,13 +555,6 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return "{" + ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + "}"
-
-
-def _fold_all(names: Iterable[str]) -> str:
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(_block_pattern(name), []).append(name)
-    return ", ".join(_fold_names(group) for group in groups.values())
 
 
 def _group_by_value(mapping: Mapping[str, str]) -> dict[str, list[str]]:

@@ -147,23 +147,30 @@ def intersection(axes: Sequence[Axis]) -> Axis:
 
 
 def broadcast(operands: Sequence[Axes], shape: Sequence[int], tag_of: Callable[[Sequence[str]], str]) -> Axes:
-    """Axes of a pointwise result: the union of the operands' cuts, tags by ``tag_of(the operands' tags)``."""
+    """Axes of a pointwise result: the union of the operands' cuts, tags by ``tag_of(the operands' tags)``.
+
+    Cuts count only in operands of the result's size: a vector that scales or shifts all tokens, as AdaLN's does, may be
+    a concatenation itself, but does not make one of what it modulates.
+    """
+    full = [tuple(axis.size for axis in operand) == tuple(shape) for operand in operands]
+    some_full = any(full)
     result = []
     for d, size in enumerate(shape):
         aligned = []
-        for operand in operands:
+        cuts: dict[int, str] = {}
+        for operand, is_full in zip(operands, full, strict=True):
             at = d - len(shape) + len(operand)
             axis = operand[at] if at >= 0 else whole(1)
             # A broadcast axis has one part; an operand lacking the dim is one value for all of it.
-            aligned.append(axis if axis.size == size else whole(size, axis.tag if at >= 0 else _overall(operand)))
-        if all(len(axis.sizes) == 1 for axis in aligned):
-            result.append(whole(size, tag_of([axis.tags[0] for axis in aligned])))
+            axis = axis if axis.size == size else whole(size, axis.tag if at >= 0 else _overall(operand))
+            aligned.append(axis)
+            if len(axis.sizes) > 1 and (is_full or not some_full):
+                for position, kind in axis.cuts().items():
+                    if position not in cuts or _KIND_RANK[kind] > _KIND_RANK[cuts[position]]:
+                        cuts[position] = kind
+        if not cuts:
+            result.append(whole(size, tag_of([axis.tag for axis in aligned])))
             continue
-        cuts: dict[int, str] = {}
-        for axis in aligned:
-            for position, kind in axis.cuts().items():
-                if position not in cuts or _KIND_RANK[kind] > _KIND_RANK[cuts[position]]:
-                    cuts[position] = kind
         parts = [_axis(axis, cuts, 0, size) for axis in aligned]
         tags = tuple(tag_of(tags) for tags in zip(*(part.tags for part in parts), strict=True))
         result.append(Axis(parts[0].sizes, tags, parts[0].kinds))

@@ -94,7 +94,7 @@ def replay(
             output.append(piece)
         if name in _SLICING:
             channels = count(shadow)
-            cuts.extend((piece.calls, interval(piece)) for piece in pieces if count(piece) < channels)
+            cuts.extend((piece.calls, interval(piece)) for piece in pieces if 0 < count(piece) < channels)
     return [tuple(output) for output in outputs], cuts
 
 

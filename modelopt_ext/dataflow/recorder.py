@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from modelopt_ext.dataflow import axes, channels
 from modelopt_ext.dataflow.axes import Axis
 from modelopt_ext.dataflow.tracker import ChannelTracker
-from modelopt_ext.plan import LinearPlan, SegmentPlan
+from modelopt_ext.plan import LinearPlan, SegmentPlan, fold_names
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ __all__ = ["DataflowRecorder", "RecordFirstForward", "record"]
 
 _PASS_THROUGH_CLASS = "TensorQuantizer"
 """Modules whose effect is pointwise, whatever ops they run: ModelOpt's fake quantizers."""
+
+MAX_OUT_SEGMENTS = 64
+"""Output segments that one Linear may have; an output cut finer than that stays whole, with a note."""
 
 _STRIDED = "the output is cut into strided channels (as by a rotary embedding), which are no segments"
 
@@ -113,6 +116,8 @@ class DataflowRecorder:
         inside_linear: set[int] = set()
         for name, module in self._model.named_modules():
             if isinstance(module, nn.Linear):
+                if not (module.in_features and module.out_features):
+                    continue  # nothing to plan in a Linear without channels
                 self._linears[name] = module
                 self._weights[module.weight] = name
                 inside_linear.update(id(child) for child in module.modules() if child is not module)
@@ -247,7 +252,10 @@ def _linear_plan(module: nn.Linear, calls: list[_LinearCall], notes: list[str]) 
         cuts.update(accumulate(channels.tile(call.pieces, 0, features)))
     ends = sorted(cuts)
     out_segments = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
-    if len(out_segments) == 1:
+    if len(out_segments) > MAX_OUT_SEGMENTS:
+        notes.append(f"the output is cut into {len(out_segments)} pieces, more than {MAX_OUT_SEGMENTS}")
+        out_segments = (features,)
+    elif len(out_segments) == 1:
         pieces = sorted({piece for call in calls for piece in call.pieces})
         if pieces:
             shown = ", ".join(f"{lo}:{hi}" for lo, hi in pieces[:4]) + (", ..." if len(pieces) > 4 else "")
@@ -267,12 +275,12 @@ def _log(plan: SegmentPlan) -> None:
     for reason, names in reasons.items():
         # Rotary embeddings are expected: nothing was lost.
         level = logging.INFO if reason == _STRIDED else logging.WARNING
-        logger.log(level, "%s: %s", ", ".join(names), reason)
+        logger.log(level, "%s: %s", fold_names(names), reason)
     if plan.uncalled:
         logger.warning(
             "never called in the recorded forward, so without segments: %s; run a forward that reaches them, or plan "
             "them with SegmentPlan.with_overrides",
-            ", ".join(plan.uncalled),
+            fold_names(plan.uncalled),
         )
 
 

@@ -120,12 +120,16 @@ def classify(func: Any) -> Op:
 class ChannelTracker(TorchDispatchMode):
     """Follows channels from op to op while it is entered.
 
+    Compiled functions and higher-order operators (flex attention) run as they are and are opaque.
+
     Args:
         merge_heads: whether merging two dims into the last one counts as joining parts.
         on_cut: called with (calls, piece) whenever an op cuts channels: the Linear calls whose output was cut, and the
             channels [lo, hi) that the piece holds, or None if they are strided.
         on_weight: called with a parameter that an op reads.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(
         self,
@@ -142,6 +146,11 @@ class ChannelTracker(TorchDispatchMode):
         self._on_weight = on_weight
         self._facts = WeakTensorKeyDictionary()
         self._tokens: Iterator[int] = count(1)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let ``torch.compile`` work inside: it refuses to run below other dispatch modes."""
+        return True
 
     # -- facts of tensors ---------------------------------------------------------------------------------------------
 
@@ -183,7 +192,7 @@ class ChannelTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
+        if self.paused or not isinstance(func, torch._ops.OpOverload):  # the latter: flex_attention and the like
             return func(*args, **kwargs)
         op = classify(func)
         if op.composite:
