@@ -124,7 +124,9 @@ CASES = {
     "shift": Case(SegLayout((K,), (N,), (N,), ("none",)), None, shift()),
     "everything": Case(SegLayout(INPUTS, GROUPS, (4, 6, 10), ("dual8", "none")), smoothing(2), shift()),
     "per-token": Case(SegLayout(INPUTS, (N,), (N,), ("none", "dual8")), dynamic=True),
-    "per-token-smoothed": Case(SegLayout(INPUTS, GROUPS, GROUPS, ("dual", "none")), smoothing(2), shift(), dynamic=True),
+    "per-token-smoothed": Case(
+        SegLayout(INPUTS, GROUPS, GROUPS, ("dual", "none")), smoothing(2), shift(), dynamic=True
+    ),
 }
 
 
@@ -186,7 +188,7 @@ def test_fp8_blocks_round_to_e4m3():
 
 
 def test_dual_reaches_code_minus_128():
-    """amax = -min * 127/128 puts the most negative value on the last code of int8 (DESIGN: the paper's s- = -min/128)."""
+    """amax = -min * 127/128 puts the most negative value on the last code of int8 (the paper's s- = -min/128)."""
     module = build(Case(SegLayout((K,), (N,), (N,), ("dual",))))
     bank = module.input_quantizer
     bank.block(input_block(0, 0, negative=True)).amax = torch.tensor(0.25 * 127 / 128)
@@ -314,16 +316,16 @@ def test_a_pattern_reconfigures_the_blocks_and_keeps_their_polarity():
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (dict(in_segments=(K,), out_groups=(N,), weight_segments=(N,), polarity=("triple",)), "polarity"),
-        (dict(in_segments=(K,), out_groups=(N,), weight_segments=(N,), polarity=()), "polarity"),
-        (dict(in_segments=(0, K), out_groups=(N,), weight_segments=(N,), polarity=("none",) * 2), "positive"),
-        (dict(in_segments=(K,), out_groups=(8, 12), weight_segments=(10, 10), polarity=("none",)), "refine"),
-        (dict(in_segments=(K,), out_groups=(N,), weight_segments=(N, 4), polarity=("none",)), "same number of rows"),
+        (((K,), (N,), (N,), ("triple",)), "polarity"),
+        (((K,), (N,), (N,), ()), "polarity"),
+        (((0, K), (N,), (N,), ("none",) * 2), "positive"),
+        (((K,), (8, 12), (10, 10), ("none",)), "refine"),
+        (((K,), (N,), (N, 4), ("none",)), "same number of rows"),
     ],
 )
-def test_impossible_layouts_are_refused(layout: dict, message: str):
+def test_impossible_layouts_are_refused(layout: tuple, message: str):
     with pytest.raises(ValueError, match=message):
-        SegLayout(**layout)
+        SegLayout(*layout)
 
 
 def test_a_layout_of_another_size_is_refused():

@@ -123,6 +123,10 @@ def _quantized_linears(model: nn.Module) -> dict[str, _Layer]:
             )
         if getattr(module.weight_quantizer, "_folded", False):
             raise ValueError(f"{name}: its weight was folded; run segquant on a freshly loaded model")
+        weight = module._parameters["weight"]
+        assert weight is not None
+        if not weight.is_meta:  # offloaded weights are looked at when they are fetched
+            _check_finite(name, weight)
         layers[name] = _Layer(name, module, input_format, weight_format)
     if not layers:
         raise ValueError(
@@ -275,10 +279,14 @@ def _plain_weight(layer: _Layer) -> torch.Tensor:
     """The weight without an earlier algorithm's smoothing, (N, K)."""
     weight = layer.module._parameters["weight"]
     assert weight is not None
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"the weight of {layer.name} holds NaN or infinity; check the checkpoint it was loaded from")
+    _check_finite(layer.name, weight)
     scale = _stock_smoothing(layer.module)
     return weight.detach() if scale is None else weight.detach() * scale.to(weight.device)
+
+
+def _check_finite(name: str, weight: torch.Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"the weight of {name} holds NaN or infinity; check the checkpoint it was loaded from")
 
 
 def _stock_smoothing(module: Any) -> torch.Tensor | None:

@@ -71,9 +71,12 @@ class SegLinear(QuantModule):
         return self.output_quantizer(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
 
     def _is_transparent(self) -> bool:
-        """True when nothing is quantized, so that a disabled layer gives full-precision outputs to the bit."""
-        folded = getattr(self.weight_quantizer, "_folded", False)
-        return not (self.input_quantizer.is_enabled or self.weight_quantizer.is_enabled or folded)
+        """True when nothing is rounded or collected: such a layer gives full-precision outputs to the bit."""
+        banks = (self.input_quantizer, self.weight_quantizer)
+        return not (
+            any(bank.is_enabled and (bank._if_quant or bank._if_calib) for bank in banks)
+            or getattr(self.weight_quantizer, "_folded", False)
+        )
 
     def _effective_bias(self, weight: Tensor) -> Tensor | None:
         """b + W c, (N,). With the full-precision W: what the shift takes out of the codes comes back without error."""
