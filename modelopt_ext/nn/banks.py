@@ -65,7 +65,8 @@ class QuantizerBank(TensorQuantizer):
         if hasattr(self, name):
             delattr(self, name)
         if value is not None:
-            self.register_buffer(name, value)
+            # A copy: two banks that shared memory could not be saved as safetensors.
+            self.register_buffer(name, value.detach().clone())
 
     def set_from_attribute_config(self, attribute_cfg: Any) -> None:
         """Set the template's attributes, then those of every block."""
