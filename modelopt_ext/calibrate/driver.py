@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def calibrate_model(
                     seen,
                     layer.input_format,
                     layer.weight_format,
-                    options,
+                    replace(options, storage=weight.dtype),
                     has_statistics=not synthetic and layer.name in statistics,
                 )
         _apply(model, modules, layers, solutions)

@@ -39,12 +39,19 @@ class SearchOptions:
         shift_per_channel: granularity of the shift.
         alphas: smoothing strengths to try; None stands for no smoothing.
         weight_bound_rows: a GEMM of at most this many rows is taken to be bound by reading its weight.
+        storage: every number chosen is exact in this dtype. With that of the model, casting all its tensors to it, as
+            loaders do, changes no scale.
     """
 
     polarity: str = "auto"
     shift_per_channel: bool = True
     alphas: tuple[float | None, ...] = (None,)
     weight_bound_rows: int = 64
+    storage: torch.dtype = torch.float32
+
+    def stored(self, value: Tensor) -> Tensor:
+        """``value`` as it comes back from storage, float32."""
+        return value.to(self.storage).float()
 
 
 @dataclass
@@ -187,7 +194,8 @@ def solve_linear(
                 if len(scales) == 2:
                     solution.input_amax[input_block(group, segment, negative=True)] = scales[1]
     if weight_format is not None and not weight_format.dynamic:
-        solution.weight_amax = _weight_amax(weight, layout, solution.smoothing, weight_format)
+        found = _weight_amax(weight, layout, solution.smoothing, weight_format)
+        solution.weight_amax = {name: options.stored(amax) for name, amax in found.items()}
     return solution
 
 
@@ -270,17 +278,17 @@ def _try_treatment(
 
     def shift_for(sample: Sample) -> Tensor:
         if treatment == "shift":
-            return shift_of(sample.range.high, sample.range.low, options.shift_per_channel)
+            return options.stored(shift_of(sample.range.high, sample.range.low, options.shift_per_channel))
         return torch.zeros_like(sample.range.high)
 
     def fit(range_: ChannelRange, part: Tensor, alpha: float | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Smoothing (k,) and static amax for a shifted range; () where scales are dynamic."""
         scale = torch.ones_like(range_.high)
         if alpha is not None:
-            scale = smoothing_scale(range_.amax, part.abs().amax(dim=0), alpha)
+            scale = options.stored(smoothing_scale(range_.amax, part.abs().amax(dim=0), alpha))
         if input_format is None or input_format.dynamic:
             return scale, ()
-        return scale, static_amax(range_, scale, treatment, input_format)
+        return scale, tuple(options.stored(amax) for amax in static_amax(range_, scale, treatment, input_format))
 
     def noise_of(sample: Sample, part: Tensor, sizes: Sequence[int], alpha: float | None, reference: Tensor) -> float:
         scale, static = fit(sample.range, part, alpha)

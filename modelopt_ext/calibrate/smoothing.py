@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+# Keeps s, and with it the smoothed tensors, inside float16's normal range.
+LARGEST_SMOOTHING = 2.0**12
+
+
 def smoothing_scale(activation_amax: Tensor, weight_amax: Tensor, alpha: float) -> Tensor:
     """s_j = max|x_j|^alpha / max|W_j|^(1 - alpha), normalized to geometric mean 1.
 
@@ -26,4 +30,4 @@ def smoothing_scale(activation_amax: Tensor, weight_amax: Tensor, alpha: float) 
     log_scale = log_scale - (1 - alpha) * torch.where(alive, weight_amax, ones).log()
     count = alive.sum().clamp(min=1)
     log_scale = log_scale - torch.where(alive, log_scale, torch.zeros_like(log_scale)).sum() / count
-    return torch.where(alive, log_scale.exp(), ones)
+    return torch.where(alive, log_scale.exp().clamp(1 / LARGEST_SMOOTHING, LARGEST_SMOOTHING), ones)
