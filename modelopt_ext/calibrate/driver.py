@@ -20,7 +20,7 @@ from ..config import SegQuantCalibConfig
 from ..dataflow import RecordFirstForward
 from ..formats import QuantFormat
 from ..nn import QuantizerBank, SegLinear, to_seg_linear
-from ..plan import LinearPlan, SegmentPlan
+from ..plan import LinearPlan, SegmentPlan, fold_names
 from .generated_inputs import generated_forward_loop
 from .search import LinearSolution, SearchOptions, solve_linear
 from .statistics import LinearStatistics, collect
@@ -109,7 +109,8 @@ def calibrate_model(
 
 def _quantized_linears(model: nn.Module) -> dict[str, _Layer]:
     layers = {}
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
         if not (isinstance(module, nn.Linear) and is_quantized_linear(module)):
             continue
         weight_format = QuantFormat.of(module.weight_quantizer, f"{name}.weight_quantizer")
@@ -120,6 +121,12 @@ def _quantized_linears(model: nn.Module) -> dict[str, _Layer]:
             raise ValueError(
                 f"{name} carries ModelOpt's SVDQuant branch; segquant needs the original weights: run it on a freshly "
                 "loaded model"
+            )
+        adapter = modules[name.rpartition(".")[0]]
+        if name.endswith(".base_layer") and hasattr(adapter, "lora_A"):
+            raise ValueError(
+                f"{name} carries a LoRA adapter, whose layers ModelOpt replaces by merged ones; fuse it (fuse_lora, then "
+                "unload_lora) or unload it before quantizing. Adapters can be loaded on top of the quantized model"
             )
         if getattr(module.weight_quantizer, "_folded", False):
             raise ValueError(f"{name}: its weight was folded; run segquant on a freshly loaded model")
@@ -268,7 +275,7 @@ def _without_uncalled(layers: dict[str, _Layer], statistics: Mapping[str, Linear
         logger.warning(
             "segquant: the calibration data never reached %s; left in full precision. Calibrate with inputs that use "
             "them, or give them dynamic activations",
-            ", ".join(uncalled),
+            fold_names(uncalled),
         )
     return {
         name: _Layer(name, layer.module, None, None) if name in uncalled else layer for name, layer in layers.items()

@@ -145,16 +145,21 @@ class InputBank(QuantizerBank):
         """W c, (N,) float32, kept only once the weight is folded (see :meth:`SegLinear.fold_weight`)."""
         return getattr(self, "_offset", None)
 
-    def forward(self, inputs: Tensor, group: int = 0) -> Tensor:
+    def forward(self, inputs: Tensor, group: int | None = 0) -> Tensor:
         """Round the activations as one output group reads them.
 
         Args:
             inputs: (..., K).
-            group: index of the output group.
+            group: index of the output group. None asks for what the shift takes out of the output, W c, instead;
+                ``inputs`` is then the plain weight W, (N, K). (Here and not in a method of its own, because offloading
+                hooks bring a module's buffers in for the time of its forward.)
 
         Returns:
-            (..., K) in ``inputs``'s dtype: ``s * z`` is not undone, z is what the group's smoothed weights expect.
+            (..., K) in ``inputs``'s dtype: ``s * z`` is not undone, z is what the group's smoothed weights expect. For
+            ``group=None`` (N,) float32.
         """
+        if group is None:
+            return self._offset_of(inputs)
         x = inputs.reshape(-1, inputs.shape[-1]).to(_working_dtype(inputs))
         if self.shift is not None:
             x = x - self.shift
@@ -163,6 +168,14 @@ class InputBank(QuantizerBank):
         parts = [self._round(x[:, channels], group, segment) for segment, channels in enumerate(self._layout.in_slices)]
         rounded = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return rounded.to(inputs.dtype).reshape(inputs.shape)
+
+    def _offset_of(self, weight: Tensor) -> Tensor:
+        if self.offset is not None:
+            return self.offset
+        assert self.shift is not None
+        # Not a matrix-vector product: BLAS sums those in an order that depends on where the weight lies in memory, and
+        # a restored model would differ from the saved one in the last bit.
+        return (weight.to(_working_dtype(weight)) * self.shift).sum(dim=1)
 
     def _round(self, z: Tensor, group: int, segment: int) -> Tensor:
         polarity = self._layout.polarity[segment]

@@ -80,21 +80,10 @@ class SegLinear(QuantModule):
 
     def _effective_bias(self, weight: Tensor) -> Tensor | None:
         """b + W c, (N,). With the full-precision W: what the shift takes out of the codes comes back without error."""
-        offset = self.input_quantizer.offset
-        if offset is None:
-            offset = self._offset(weight)
-        if offset is None:
+        if self.input_quantizer.shift is None:
             return self.bias
+        offset = self.input_quantizer(weight, group=None)
         return (offset if self.bias is None else self.bias + offset).to(weight.dtype)
-
-    def _offset(self, weight: Tensor) -> Tensor | None:
-        """W c, (N,) float32.
-
-        Not a matrix-vector product: BLAS sums those in an order that depends on where the weight lies in memory, and a
-        restored model would differ from the saved one in the last bit.
-        """
-        shift = self.input_quantizer.shift
-        return None if shift is None else (weight.float() * shift).sum(dim=1)
 
     def iter_weights_for_calibration(self) -> Iterator[tuple[Tensor, TensorQuantizer]]:
         """Yield (weight, bank): the bank hands each block its smoothed slice."""
@@ -110,7 +99,8 @@ class SegLinear(QuantModule):
         if getattr(bank, "_folded", False) or not bank.is_enabled:
             return
         weight = self.plain_weight
-        self.input_quantizer.set_buffer("_offset", self._offset(weight))
+        if self.input_quantizer.shift is not None:
+            self.input_quantizer.set_buffer("_offset", self.input_quantizer(weight, group=None))
         weight.copy_(bank(weight))
         bank._folded = True
         bank.disable()
