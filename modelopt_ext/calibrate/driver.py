@@ -125,8 +125,8 @@ def _quantized_linears(model: nn.Module) -> dict[str, _Layer]:
         adapter = modules[name.rpartition(".")[0]]
         if name.endswith(".base_layer") and hasattr(adapter, "lora_A"):
             raise ValueError(
-                f"{name} carries a LoRA adapter, whose layers ModelOpt replaces by merged ones; fuse it (fuse_lora, then "
-                "unload_lora) or unload it before quantizing. Adapters can be loaded on top of the quantized model"
+                f"{name} carries a LoRA adapter, whose layers ModelOpt replaces by merged ones; fuse it (fuse_lora, "
+                "then unload_lora) or unload it before quantizing. Adapters can be loaded on top of the quantized model"
             )
         if getattr(module.weight_quantizer, "_folded", False):
             raise ValueError(f"{name}: its weight was folded; run segquant on a freshly loaded model")

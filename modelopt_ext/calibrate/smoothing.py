@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 # Keeps s, and with it the smoothed tensors, inside float16's normal range.
 LARGEST_SMOOTHING = 2.0**12
 
