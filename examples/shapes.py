@@ -210,8 +210,14 @@ def sample_scene(rng: random.Random) -> Scene:
 # Captions
 
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
-_COLOUR_WORDS = {c: (c,) for c in PALETTE} | {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")}
-_SHAPE_WORDS = {s: (s,) for s in SHAPES} | {"circle": ("circle", "disc"), "cross": ("cross", "plus sign")}
+_COLOUR_WORDS: dict[str, tuple[str, ...]] = {c: (c,) for c in PALETTE} | {
+    "purple": ("purple", "violet"),
+    "cyan": ("cyan", "turquoise"),
+}
+_SHAPE_WORDS: dict[str, tuple[str, ...]] = {s: (s,) for s in SHAPES} | {
+    "circle": ("circle", "disc"),
+    "cross": ("cross", "plus sign"),
+}
 _RELATION_WORDS = {
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
