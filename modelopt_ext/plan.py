@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import accumulate, product
@@ -527,9 +527,12 @@ def _fold(names: list[str]) -> list[tuple[str, list[str]]]:
         by_numbers = {tuple(int(number) for number in _BLOCK_NUMBER.findall(name)): name for name in members}
         for columns in _products(list(by_numbers)):
             covered = [by_numbers[numbers] for numbers in product(*columns)]
-            ranges = map(_ranges, columns)
-            folded.append((_BLOCK_NUMBER.sub(lambda _, ranges=ranges: next(ranges), members[0]), covered))
+            folded.append((_with_numbers(members[0], map(_ranges, columns)), covered))
     return folded
+
+
+def _with_numbers(name: str, numbers: Iterator[str]) -> str:
+    return _BLOCK_NUMBER.sub(lambda _: next(numbers), name)
 
 
 def _products(rows: list[tuple[int, ...]]) -> list[list[list[int]]]:

@@ -3,8 +3,8 @@
     model, inputs = build("SD3Transformer2DModel")
     model(**inputs)
 
-Sizes: batch B = 2, D = HEADS * HEAD_DIM channels, TEXT tokens of CONTEXT channels. More than one head everywhere, so that
-cuts inside heads can be told from cuts of channels.
+Sizes: batch B = 2, D = HEADS * HEAD_DIM channels, TEXT tokens of CONTEXT channels. More than one head in nearly all,
+so that cuts inside heads can be told from cuts of channels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def names() -> list[str]:
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, Inputs]:
-    """A model in eval mode with seeded weights, and its inputs. Names are class names, with an optional ``-variant``."""
+    """A model in eval mode with seeded weights, and its inputs; names are class names with an optional ``-variant``."""
     torch.manual_seed(seed)
     model, inputs = _BUILDERS[name]()
     for parameter in model.parameters():
@@ -115,7 +115,7 @@ def _(cls: type) -> tuple[nn.Module, Inputs]:
     return cls(**sd3_config()), sd3_inputs() | {"controlnet_cond": noise(B, 4, 8, 8)}
 
 
-# -- FLUX and its kin ---------------------------------------------------------------------------------------------------
+# -- FLUX and its kin --------------------------------------------------------------------------------------------------
 
 
 def flux_config(**changes: Any) -> Inputs:
@@ -285,7 +285,7 @@ def _(cls: type) -> tuple[nn.Module, Inputs]:
     return model, qwen_inputs()
 
 
-# -- PixArt, Sana, DiT and other image transformers -----------------------------------------------------------------------
+# -- PixArt, Sana, DiT and other image transformers --------------------------------------------------------------------
 
 
 @denoiser("DiTTransformer2DModel")
@@ -758,7 +758,7 @@ def _(cls: type) -> tuple[nn.Module, Inputs]:
     return model, inputs
 
 
-# -- video transformers ----------------------------------------------------------------------------------------------------
+# -- video transformers ------------------------------------------------------------------------------------------------
 
 
 def video(frames: int = 2, size: int = 8, channels: int = 4) -> Tensor:
@@ -785,6 +785,11 @@ def wan_inputs() -> Inputs:
     return {"hidden_states": video(), "timestep": times(), "encoder_hidden_states": tokens()}
 
 
+def wan_image_inputs() -> Inputs:
+    # With an image, the models take the last 512 tokens for the text and what is before them for the image.
+    return {"encoder_hidden_states": tokens(512), "encoder_hidden_states_image": noise(B, 3, 16)}
+
+
 @denoiser("WanTransformer3DModel")
 def _(cls: type) -> tuple[nn.Module, Inputs]:
     return cls(**wan_config()), wan_inputs()
@@ -793,7 +798,7 @@ def _(cls: type) -> tuple[nn.Module, Inputs]:
 @denoiser("WanTransformer3DModel-i2v")
 def _(cls: type) -> tuple[nn.Module, Inputs]:
     model = cls(**wan_config(image_dim=16, added_kv_proj_dim=48))
-    return model, wan_inputs() | {"encoder_hidden_states_image": noise(B, 3, 16)}
+    return model, wan_inputs() | wan_image_inputs()
 
 
 @denoiser("WanVACETransformer3DModel")
@@ -816,9 +821,9 @@ def _(cls: type) -> tuple[nn.Module, Inputs]:
         face_encoder_num_heads=2,
         inject_face_latents_blocks=2,
     )
-    inputs = wan_inputs() | {
+    inputs = wan_inputs() | wan_image_inputs()
+    inputs |= {
         "hidden_states": video(frames=3, channels=12),
-        "encoder_hidden_states_image": noise(B, 3, 16),
         "pose_hidden_states": video(frames=2),
         "face_pixel_values": noise(B, 3, 5, 16, 16),
     }
@@ -1304,7 +1309,7 @@ def _(cls: type) -> tuple[nn.Module, Inputs]:
     return model, inputs
 
 
-# -- UNets ---------------------------------------------------------------------------------------------------------------
+# -- UNets -------------------------------------------------------------------------------------------------------------
 
 CROSS_2D = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -1529,7 +1534,7 @@ def _(cls: type) -> tuple[nn.Module, Inputs]:
     return model, image_inputs()
 
 
-# -- ControlNets of UNets ----------------------------------------------------------------------------------------------------
+# -- ControlNets of UNets ----------------------------------------------------------------------------------------------
 
 
 def image_condition() -> Inputs:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -314,14 +315,16 @@ class RecordFirstForward:
         self._recorder = DataflowRecorder(model, merge_heads)
         self._handles: list[RemovableHandle] = []
         self._depth = 0
+        self._handled: BaseException | None = None
 
     def __enter__(self) -> RecordFirstForward:
         try:
+            self._recorder._install()
+            # First before and last after everything else: hooks removed while torch still runs later ones confuse it.
             self._handles = [
                 self._model.register_forward_pre_hook(self._before, prepend=True),
                 self._model.register_forward_hook(self._after, always_call=True),
             ]
-            self._recorder._install()
         except BaseException:
             self._remove_hooks()
             raise
@@ -336,6 +339,7 @@ class RecordFirstForward:
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._depth += 1
         if self._depth == 1:
+            self._handled = sys.exc_info()[1]
             self._recorder._start()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -343,7 +347,9 @@ class RecordFirstForward:
         if self._depth:
             return
         self._recorder._stop()
-        if output is not None:  # torch passes None here if the forward raised
+        raised = sys.exc_info()[1] is not self._handled  # torch calls this while handling what the forward raised
+        self._handled = None
+        if not raised:
             self._remove_hooks()
             self.plan = self._recorder.plan()
 

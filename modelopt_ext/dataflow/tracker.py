@@ -120,7 +120,7 @@ def classify(func: Any) -> Op:
 class ChannelTracker(TorchDispatchMode):
     """Follows channels from op to op while it is entered.
 
-    Compiled functions and higher-order operators (flex attention) run as they are and are opaque.
+    Compiled functions run compiled; they and higher-order operators (flex attention) are opaque.
 
     Args:
         merge_heads: whether merging two dims into the last one counts as joining parts.
