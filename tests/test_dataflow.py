@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from modelopt_ext.dataflow import DataflowRecorder, RecordFirstForward, record
-from modelopt_ext.dataflow.axes import reshape, whole
+from modelopt_ext.dataflow.axes import Axis, reshape, whole
 from modelopt_ext.dataflow.channels import tile
 from modelopt_ext.plan import LinearPlan, SegmentPlan
 
@@ -79,6 +79,10 @@ OUTPUT_CASES = {
     "through repeat of tokens": (lambda m, y: y.repeat(1, 3, 1).chunk(2, dim=-1), (12, 12)),
     "through an in-place op": (lambda m, y: y.mul_(2).chunk(2, dim=-1), (12, 12)),
     "through a cat of tokens": (lambda m, y: torch.cat([y, torch.ones(B, 2, N)], dim=1).chunk(2, dim=-1), (12, 12)),
+    "through a cat of single tokens": (
+        lambda m, y: torch.cat([y[:, 0].unsqueeze(1), y[:, 1].unsqueeze(1)], dim=1).chunk(2, dim=-1),
+        (12, 12),
+    ),
     "nested": (lambda m, y: [part.chunk(2, dim=-1) for part in y.split([8, 16], dim=-1)], (4, 4, 8, 8)),
     "nested, one part only": (lambda m, y: y.split([8, 16], dim=-1)[1].chunk(2, dim=-1), (8, 8, 8)),
     "coarse and fine": (lambda m, y: (y.chunk(2, dim=-1), y.chunk(6, dim=-1)), SIX),
@@ -211,16 +215,39 @@ def test_merge_of_heads_is_opt_in():
     assert record(model, lambda: model(x), merge_heads=True).linears["first"].in_segments == (8, 8)
 
 
-def test_reshape_of_axes_keeps_sizes():
-    for old, new in [
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
         ((2, 3, 4), (6, 4)),
         ((24,), (2, 3, 4)),
         ((6, 4), (4, 6)),
         ((1, 6, 1), (2, 3)),
         ((2, 1), (1, 2, 1)),
-    ]:
-        result = reshape(tuple(whole(size) for size in old), new)
-        assert tuple(axis.size for axis in result) == new
+        ((1, 1), (1,)),
+        ((), (1,)),
+        ((2, 0), (0, 3)),
+    ],
+)
+def test_reshape_of_plain_axes_keeps_sizes(old, new):
+    assert reshape(tuple(whole(size) for size in old), new) == tuple(whole(size) for size in new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ([(8, 4)], (3, 4), [(2, 1), (4,)]),
+        ([(6, 6)], (3, 4), [(3,), (4,)]),  # the cut falls inside a row
+        ([(2, 1), (4,)], (12,), [(8, 4)]),
+        ([(3,), (1, 3)], (12,), [(12,)]),  # the inner cut would repeat
+        ([(2, 1), (1, 3)], (12,), [(8, 4)]),
+        ([(2,), (3, 9)], (2, 4, 3), [(2,), (1, 3), (3,)]),
+        ([(1, 5), (4,)], (4, 6), [(4,), (6,)]),
+        ([(5,), (1, 3)], (5, 1, 4, 1), [(5,), (1,), (1, 3), (1,)]),
+    ],
+)
+def test_reshape_of_cut_axes(old, new, expected):
+    axes = tuple(Axis(sizes, ("",) * len(sizes), ("cat",) * (len(sizes) - 1)) for sizes in old)
+    assert [axis.sizes for axis in reshape(axes, new)] == expected
 
 
 # -- polarity ----------------------------------------------------------------------------------------------------------
@@ -270,6 +297,8 @@ POLAR_CASES = {
     "normed": (lambda x: F.layer_norm(F.silu(x), (K,)), ("",)),
     "another function": (lambda x: F.silu(x).exp(), ("",)),
     "sigmoid gate of another tensor": (lambda x: x * torch.sigmoid(x.roll(1)), ("",)),
+    "gate of a sum": (lambda x: x * (1 + torch.tanh(x + x.roll(1))), ("",)),
+    "tanh gate that goes below zero": (lambda x: x * (0.3 + torch.tanh(x)), ("",)),
     "tanh gate": (lambda x: x * torch.tanh(x), ("",)),
     "square": (lambda x: x * x, ("",)),
 }
@@ -314,18 +343,31 @@ def test_several_calls_and_uncalled(caplog):
     assert plan.shared_inputs == (("k", "q"),)
 
 
-def test_an_input_changed_in_place_is_not_shared():
-    class Changed(nn.Module):
+@pytest.mark.parametrize(
+    ("change", "shared"),
+    [
+        (same, True),
+        (lambda x: x[:], True),
+        (lambda x: x.expand(4, 4, K), True),
+        (lambda x: x.mul_(2), False),
+        (lambda x: x.transpose(0, 1), False),
+        (lambda x: x.permute(1, 0, 2), False),
+        (lambda x: x.clone(), False),
+        (lambda x: x[:2], False),
+    ],
+)
+def test_only_the_very_same_values_are_shared(change, shared):
+    class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(K, N), nn.Linear(K, N)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) + self.b(x.mul_(2))
+        def forward(self, x: Tensor) -> None:
+            self.a(x), self.b(change(x))
 
-    model = Changed()
+    model = Two()
     with torch.no_grad():
-        assert record(model, lambda: model(torch.randn(B, S, K))).shared_inputs == ()
+        assert record(model, lambda: model(torch.randn(4, 4, K))).shared_inputs == ((("a", "b"),) if shared else ())
 
 
 def test_weight_read_outside_its_forward_is_noted():

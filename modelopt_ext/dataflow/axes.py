@@ -281,12 +281,11 @@ def _regroup(group: list[Axis], sizes: list[int], heads: bool) -> list[Axis]:
             result[outer] = Axis(outer_sizes, big[0].tags, big[0].kinds)
     elif len(places) == 1:
         inner = prod(axis.size for axis in big[1:])
-        if all(len(axis.sizes) == 1 for axis in big[1:]):
-            if len(big[0].sizes) > 1:
-                result[places[0]] = Axis(tuple(size * inner for size in big[0].sizes), big[0].tags, big[0].kinds)
-            elif heads and len(big) == 2 and big[0].size <= MAX_PARTS:
-                parts = big[0].size
-                result[places[0]] = Axis((inner,) * parts, (tag,) * parts, ("merge",) * (parts - 1))
+        if len(big[0].sizes) > 1:
+            result[places[0]] = Axis(tuple(size * inner for size in big[0].sizes), big[0].tags, big[0].kinds)
+        elif heads and len(big) == 2 and big[0].size <= MAX_PARTS:
+            parts = big[0].size
+            result[places[0]] = Axis((inner,) * parts, (tag,) * parts, ("merge",) * (parts - 1))
     return result
 
 
