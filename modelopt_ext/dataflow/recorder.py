@@ -80,9 +80,10 @@ class DataflowRecorder:
 
     def _clear(self) -> None:
         self._calls: list[_LinearCall] = []
+        self._last_call: dict[str, int] = {}
         self._conv_axes: dict[str, list[Axis]] = defaultdict(list)
         self._weights_read_outside: dict[str, None] = {}
-        self._running: list[tuple[nn.Module, bool]] = []
+        self._running: list[tuple[nn.Module, bool]] = []  # modules whose insides are not followed; is it the outermost?
 
     def __enter__(self) -> DataflowRecorder:
         try:
@@ -110,6 +111,7 @@ class DataflowRecorder:
             self._active = False
             self._tracker.__exit__(None, None, None)
             self._tracker.reset()
+            self._running.clear()
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -120,43 +122,50 @@ class DataflowRecorder:
                 if not (module.in_features and module.out_features):
                     continue  # nothing to plan in a Linear without channels
                 self._linears[name] = module
-                self._weights[module.weight] = name
+                if isinstance(weight := getattr(module, "weight", None), Tensor):
+                    self._weights[weight] = name
                 inside_linear.update(id(child) for child in module.modules() if child is not module)
                 self._hook(name, module, self._before_linear, self._after_linear)
             elif isinstance(module, _ConvNd):
                 self._convs[name] = module
-                self._hook(name, module, self._before_conv, self._after_other)
+                self._hook(name, module, self._before_conv, None)
             elif _is_pass_through(module) and id(module) not in inside_linear:
-                self._hook(name, module, self._before_other, self._after_quantizer)
+                self._hook(name, module, None, self._after_quantizer)
 
     def _hook(
         self,
         name: str,
         module: nn.Module,
-        before: Callable[[str, Any], None],
-        after: Callable[[str, Any, Any], None],
+        before: Callable[[str, Any], None] | None,
+        after: Callable[[str, Any, Tensor], None] | None,
     ) -> None:
         def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._active:
                 return
-            if not self._tracker.paused:
-                before(name, _first_tensor(args, kwargs))
-            elif isinstance(module, nn.Linear):  # inside another Linear, part of that one's arithmetic
-                self._calls.append(_LinearCall(name, 0, axes.whole(module.in_features)))
             self._running.append((module, not self._tracker.paused))
             self._tracker.paused += 1
+            if before is not None:
+                self._guarded(name, before, name, _first_input(args, kwargs))
 
         def post_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             # Also called when the module raised (always_call), perhaps in a hook before ours.
             if not self._running or self._running[-1][0] is not module:
                 return
-            _, outermost = self._running.pop()
-            if outermost and isinstance(output, Tensor):
-                after(name, _first_tensor(args, kwargs), output)
-            self._tracker.paused -= 1  # only now: what follows an output makes meta tensors
+            if after is not None and self._running[-1][1] and isinstance(output, Tensor):
+                self._guarded(name, after, name, _first_input(args, kwargs), output)
+            self._running.pop()
+            self._tracker.paused -= 1
 
         self._handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True))
         self._handles.append(module.register_forward_hook(post_hook, with_kwargs=True, always_call=True))
+
+    @staticmethod
+    def _guarded(name: str, function: Callable[..., None], *arguments: Any) -> None:
+        """Recording never breaks a forward: what fails here is only not recorded."""
+        try:
+            function(*arguments)
+        except Exception:
+            logger.debug("%s: a call is not recorded", name, exc_info=True)
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -165,17 +174,19 @@ class DataflowRecorder:
 
     def _before_linear(self, name: str, value: Any) -> None:
         features = self._linears[name].in_features
-        token, axis = 0, axes.whole(features)
-        if isinstance(value, Tensor):
-            token = self._tracker.token(value)
+        call = _LinearCall(name, 0, axes.whole(features))
+        self._last_call[name] = len(self._calls)
+        self._calls.append(call)
+        # A Linear inside another one is part of that one's arithmetic: nothing is known about its input.
+        if isinstance(value, Tensor) and self._running[-1][1]:
+            call.token = self._tracker.token(value)
             facts = self._tracker.facts(value)
             if facts.axes and facts.axes[-1].size == features:
-                axis = facts.axes[-1]
-        self._calls.append(_LinearCall(name, token, axis))
+                call.axis = facts.axes[-1]
 
     def _after_linear(self, name: str, value: Any, output: Tensor) -> None:
         if output.dim() and output.shape[-1] == self._linears[name].out_features:
-            self._tracker.set_output(output, len(self._calls) - 1)
+            self._tracker.set_output(output, self._last_call[name])
 
     def _before_conv(self, name: str, value: Any) -> None:
         module = self._convs[name]
@@ -186,12 +197,6 @@ class DataflowRecorder:
             if facts.axes and 0 <= dim < len(facts.axes) and facts.axes[dim].size == module.in_channels:
                 axis = facts.axes[dim]
         self._conv_axes[name].append(axis)
-
-    def _before_other(self, name: str, value: Any) -> None:
-        pass
-
-    def _after_other(self, name: str, value: Any, output: Tensor) -> None:
-        pass
 
     def _after_quantizer(self, name: str, value: Any, output: Tensor) -> None:
         if isinstance(value, Tensor):
@@ -285,7 +290,7 @@ def _log(plan: SegmentPlan) -> None:
         )
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The input of a Linear, convolution or quantizer, however it was passed."""
     return args[0] if args else next(iter(kwargs.values()), None)
 

@@ -12,6 +12,8 @@ the forward.
     cat, stack                                            over tokens   parts appended    per part
     norm        layer, group, batch, RMS norm             ends          cuts kept         ends
     opaque      the rest: matmul, attention, gather       ends          ends              ends
+
+An op that writes in place renews the facts of the tensor that it is given, not those of other views of the same memory.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Op:
     composite: bool
 
 
-_SAME = {"clone", "_to_copy", "contiguous", "to", "native_dropout", "_cudnn_rnn_flatten_weight"}
+_SAME = {"clone", "_to_copy", "native_dropout"}
 _VIEW_COPIES = {"_unsafe_view", "_reshape_copy", "repeat"}
 _NORMS = {"native_layer_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm", "cudnn_batch_norm"}
 _MOVES_VALUES = {"transpose", "permute", "t", "repeat", "as_strided", "_conj", "_neg_view"}
