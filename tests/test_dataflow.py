@@ -527,19 +527,21 @@ def test_linear_subclass_and_a_linear_inside_a_linear():
     class Outer(nn.Linear):
         def __init__(self) -> None:
             super().__init__(K, N)
-            self.inner = nn.Linear(N, N)
+            self.inner, self.other = nn.Linear(N, N), nn.Linear(N, N)
 
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.inner(torch.cat([x, x[..., :8]], -1)).chunk(2, -1)[0].repeat(1, 1, 2)
+            wide = torch.cat([x, x[..., :8]], -1)
+            return super().forward(x) + self.inner(wide).chunk(2, -1)[0].repeat(1, 1, 2) + self.other(wide)
 
     model = nn.Sequential(Outer(), nn.Unflatten(-1, (3, 8)))
     plan = record(model, lambda: model(torch.randn(B, S, K)).unbind(-2))
     # What happens inside a Linear is its own arithmetic.
-    assert plan.linears == {"0": LinearPlan.trivial(K, N), "0.inner": LinearPlan.trivial(N, N)}
+    inside = dict.fromkeys(("0.inner", "0.other"), LinearPlan.trivial(N, N))
+    assert plan == SegmentPlan(linears={"0": LinearPlan.trivial(K, N), **inside})
 
     model.forward = lambda x: model[1](model[0](x)).unbind(-2)
     plan = record(model, lambda: model(torch.randn(B, S, K)))
-    assert plan.linears == {"0": LinearPlan((K,), (8, 8, 8)), "0.inner": LinearPlan.trivial(N, N)}
+    assert plan == SegmentPlan(linears={"0": LinearPlan((K,), (8, 8, 8)), **inside})
 
 
 def test_keyword_input_and_root_linear():
