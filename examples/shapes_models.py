@@ -294,13 +294,10 @@ def sdxl_scheduler() -> EulerDiscreteScheduler:
 
 def without_projection(encoder: CLIPTextModelWithProjection) -> CLIPTextModel:
     """The same encoder as a plain CLIPTextModel: what FLUX and the first encoder of SDXL want."""
-    plain = CLIPTextModel(encoder.config).to(encoder.device, encoder.dtype)
-    missing, _ = plain.load_state_dict(
-        {k: v for k, v in encoder.state_dict().items() if not k.startswith("text_projection")}, strict=False
-    )
-    if missing:
-        raise RuntimeError(f"CLIPTextModel has parameters that CLIPTextModelWithProjection lacks: {missing}")
-    return plain
+    # By way of a file: the releases of transformers name the parameters differently, and translate only on loading.
+    with tempfile.TemporaryDirectory() as scratch:
+        encoder.save_pretrained(scratch)
+        return CLIPTextModel.from_pretrained(scratch).to(encoder.device, encoder.dtype)
 
 
 def assemble(
