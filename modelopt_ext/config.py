@@ -37,8 +37,8 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
         description=(
             "'dual': the paper's DualScale on segments after SiLU, GELU and gated products. 'dual8': the same with all "
             "codes on one side for each sign (integers only). 'shift': subtract the middle of the range before "
-            "rounding where that lowers the output error; free, on any segment. 'auto': 'shift' anywhere, 'dual8' on "
-            "polar segments of Linears that are bound by reading their weight, whichever has the lowest output error. "
+            "rounding where that lowers the output error; free, on any segment. 'auto': 'shift' anywhere and 'dual8' "
+            "within `second_product_budget`, whichever has the lowest output error. "
             "'none': one symmetric scale."
         ),
     )
@@ -60,6 +60,14 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
         title="Migration strengths that alpha='search' tries.",
         description="At least one number, each in [0, 1].",
     )
+    clip_grid: tuple[float, ...] = ModeloptField(
+        default=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
+        title="Clipping ratios of static activation scales to try.",
+        description=(
+            "Shares of the calibrated range, each in (0, 1]; rare large values are clipped where that lowers the "
+            "output error. (1.0,) takes the maximum as it is."
+        ),
+    )
     embedders: Literal["as_configured", "per_token", "none"] = ModeloptField(
         default="as_configured",
         title="Activations of the embedders.",
@@ -69,13 +77,14 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
             "scales, one a token. 'none': their weights and activations stay in full precision."
         ),
     )
-    weight_bound_rows: int = ModeloptField(
-        default=64,
-        ge=0,
-        title="Rows up to which a GEMM is bound by reading its weight.",
+    second_product_budget: float = ModeloptField(
+        default=0.03,
+        ge=0.0,
+        le=1.0,
+        title="Extra multiply-adds that polarity='auto' may spend on splitting by sign.",
         description=(
-            "With polarity='auto' such a GEMM may use 'dual8', whose second product is then free. An INT8 GEMM of M "
-            "rows does 2M operations a weight byte and the two products 4M; current GPUs do 300 to 800 a byte read."
+            "A share of the multiply-adds of all quantized Linears over the calibration data. It goes to the smallest "
+            "Linears first: AdaLN, embedders and the last projection, where splitting helps most and costs least."
         ),
     )
     samples: int = ModeloptField(
@@ -109,6 +118,13 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
     def _grid_in_range(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not value or any(not 0 <= alpha <= 1 for alpha in value):
             raise ValueError(f"alpha_grid needs at least one number, each in [0, 1], got {value}")
+        return value
+
+    @field_validator("clip_grid")
+    @classmethod
+    def _clips_in_range(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or any(not 0 < clip <= 1 for clip in value):
+            raise ValueError(f"clip_grid needs at least one number, each in (0, 1], got {value}")
         return value
 
     @field_validator("plan", mode="before")

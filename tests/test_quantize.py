@@ -203,7 +203,7 @@ def test_dynamic_preset_needs_no_data(original: nn.Module, model: nn.Module):
     plan = modelopt_ext.plan_of(model)
     assert plan is not None
     assert plan.linears["transformer_blocks.1.norm1.linear"].out_segments == (32,) * 6
-    # AdaLN of one row is bound by reading its weight: both signs get their own scale for nothing.
+    # AdaLN has one row: both signs get their own scale for next to nothing.
     assert model.get_submodule("transformer_blocks.1.norm1.linear").layout.polarity == ("dual8",)
 
 
@@ -257,7 +257,6 @@ def test_polarity_policies(model: nn.Module, original: nn.Module):
     found = {}
     for policy in ("none", "dual", "dual8", "shift", "auto"):
         twin = copy.deepcopy(original)
-        # 2 rows of AdaLN are weight-bound, 128 rows of image tokens are not.
         config = linear_only(*STATIC_INT8, alpha=0.5, polarity=policy)
         mtq.quantize(twin, quiet(config), CALIBRATION)
         found[policy] = {name: treatments(twin, name) for name in (adaln, down, query)}
@@ -515,7 +514,7 @@ def test_uncalled_linear_is_reported_and_left_alone(caplog: pytest.LogCaptureFix
         ({"alpha_grid": ()}, "at least one number"),
         ({"alpha_grid": (0.5, 2.0)}, r"each in \[0, 1\]"),
         ({"samples": 0}, "samples"),
-        ({"weight_bound_rows": -1}, "weight_bound_rows"),
+        ({"second_product_budget": -1}, "second_product_budget"),
         ({"polarity": "triple"}, "polarity"),
         ({"colour": "red"}, "colour"),
         ({"plan": {"linears": {}}}, "not a segment plan"),

@@ -22,6 +22,7 @@ from ..formats import QuantFormat
 from ..nn import QuantizerBank, SegLinear, to_seg_linear
 from ..plan import LinearPlan, SegmentPlan, fold_names
 from .generated_inputs import generated_forward_loop
+from .polarity import affordable_second_products
 from .search import LinearSolution, SearchOptions, solve_linear
 from .statistics import LinearStatistics, collect
 
@@ -82,7 +83,14 @@ def calibrate_model(
         polarity=config.polarity,
         shift_per_channel=config.shift_granularity == "channel",
         alphas=_alphas(config),
-        weight_bound_rows=config.weight_bound_rows,
+        clips=config.clip_grid,
+    )
+    affordable = affordable_second_products(
+        {
+            name: seen.rows_seen * layers[name].module.in_features * layers[name].module.out_features
+            for name, seen in statistics.items()
+        },
+        config.second_product_budget,
     )
     modules = dict(model.named_modules())
     solutions: dict[str, LinearSolution] = {}
@@ -99,7 +107,7 @@ def calibrate_model(
                     seen,
                     layer.input_format,
                     layer.weight_format,
-                    replace(options, storage=weight.dtype),
+                    replace(options, storage=weight.dtype, second_product=layer.name in affordable),
                     has_statistics=not synthetic and layer.name in statistics,
                 )
         _apply(model, modules, layers, solutions)
@@ -306,7 +314,6 @@ def _unseen(weight: torch.Tensor) -> LinearStatistics:
     """Statistics of a Linear that was never called."""
     statistics = LinearStatistics(samples=1, seed=0)
     statistics.update(torch.zeros(1, weight.shape[1], device=weight.device))
-    statistics.largest_call = torch.iinfo(torch.int64).max
     return statistics
 
 

@@ -7,18 +7,21 @@ scale wastes half its codes. What can be done about it, for x of one segment:
 ``dual8``  the same with all codes on one side of zero: one bit more for each sign, the same cost.
 ``shift``  Q(x - c) with c in the middle of the range: one GEMM; W c goes into the bias, in full precision.
 
-A second GEMM is free where the GEMM is bound by reading the weight (few rows: AdaLN) and as dear as the first where it
-is bound by arithmetic, so ``auto`` offers it in the first case only.
+A second product costs as much as the first, so ``auto`` offers ``dual8`` (after a shift, too, and on any segment) only
+where a budget of multiply-adds allows it, smallest Linears first: AdaLN with its few rows, embedders, the last
+projection. Elsewhere it chooses between ``none`` and ``shift``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..formats import QuantFormat
-
-POLARITY_POLICIES = ("none", "shift", "dual", "dual8", "auto")
+from ..nn.layout import SPLIT_BY_SIGN
 
 
 def is_polar(tag: str, low: float, high: float) -> bool:
@@ -37,30 +40,54 @@ def is_polar(tag: str, low: float, high: float) -> bool:
     return max(high, -low) >= 2 * min(high, -low)
 
 
+@dataclass(frozen=True)
+class Treatment:
+    """What is done about the sign of one input segment: subtract a shift first or not, then a polarity of SegLayout."""
+
+    shift: bool = False
+    polarity: str = "none"
+
+
 def candidates(
-    policy: str, *, polar: bool, weight_bound: bool, fmt: QuantFormat | None, has_statistics: bool
-) -> list[str]:
+    policy: str, *, polar: bool, affordable: bool, fmt: QuantFormat | None, has_statistics: bool
+) -> list[Treatment]:
     """The treatments to try on one input segment, cheapest first.
 
     Args:
-        policy: one of :data:`POLARITY_POLICIES`.
+        policy: ``none``, ``shift``, ``dual``, ``dual8`` or ``auto``.
         polar: whether the segment is lopsided.
-        weight_bound: whether its GEMM is bound by reading the weight.
+        affordable: whether its Linear may do a second product under ``auto``.
         fmt: the activations' format, None in weight-only quantization.
         has_statistics: whether calibration data was seen; a shift needs it.
     """
-    if fmt is None:
-        return ["none"]
-    if policy in ("dual", "dual8"):
-        return [policy] if polar else ["none"]
-    if policy == "none":
-        return ["none"]
-    offered = ["none"]
-    if has_statistics:
-        offered.append("shift")
-    if policy == "auto" and polar and weight_bound and fmt.is_integer:
-        offered.append("dual8")
-    return offered
+    plain = Treatment()
+    if fmt is None or policy == "none":
+        return [plain]
+    if policy in SPLIT_BY_SIGN:
+        return [Treatment(polarity=policy) if polar else plain]
+    polarities = ["none", "dual8"] if policy == "auto" and affordable and fmt.is_integer else ["none"]
+    return [
+        Treatment(shift, polarity)
+        for polarity in polarities
+        for shift in ((False, True) if has_statistics else (False,))
+    ]
+
+
+def affordable_second_products(multiply_adds: Mapping[str, int], budget: float) -> set[str]:
+    """The Linears that may do their product twice, smallest first, within a share of all multiply-adds.
+
+    Args:
+        multiply_adds: by name, over the calibration data.
+        budget: extra multiply-adds allowed, as a share of their sum.
+    """
+    left = budget * sum(multiply_adds.values())
+    chosen = set()
+    for name, cost in sorted(multiply_adds.items(), key=lambda item: (item[1], item[0])):
+        left -= cost
+        if left < 0:
+            break
+        chosen.add(name)
+    return chosen
 
 
 def shift_of(channel_max: Tensor, channel_min: Tensor, per_channel: bool) -> Tensor:

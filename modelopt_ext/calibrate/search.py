@@ -22,7 +22,7 @@ from torch import Tensor
 from ..formats import QuantFormat, quantize_dequantize, row_amax
 from ..nn.layout import SegLayout, input_block, slices, weight_block
 from ..plan import LinearPlan
-from .polarity import candidates, is_polar, shift_of
+from .polarity import Treatment, candidates, is_polar, shift_of
 from .smoothing import smoothing_scale
 from .statistics import ChannelRange, LinearStatistics, Sample
 
@@ -38,7 +38,8 @@ class SearchOptions:
         polarity: policy, see :mod:`.polarity`.
         shift_per_channel: granularity of the shift.
         alphas: smoothing strengths to try; None stands for no smoothing.
-        weight_bound_rows: a GEMM of at most this many rows is taken to be bound by reading its weight.
+        clips: shares of the calibrated range to try as the range of static activation scales.
+        second_product: whether ``auto`` may split activations by sign, at the cost of a second product.
         storage: every number chosen is exact in this dtype. With that of the model, casting all its tensors to it, as
             loaders do, changes no scale.
     """
@@ -46,7 +47,8 @@ class SearchOptions:
     polarity: str = "auto"
     shift_per_channel: bool = True
     alphas: tuple[float | None, ...] = (None,)
-    weight_bound_rows: int = 64
+    clips: tuple[float, ...] = (1.0,)
+    second_product: bool = False
     storage: torch.dtype = torch.float32
 
     def stored(self, value: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class LinearSolution:
         shift: (K,) float32, or None.
         input_amax: block name to () float32; empty when activations are dynamic or not quantized.
         weight_amax: block name to (rows, 1) or () float32; empty when the weight is not quantized.
-        treatments: per input segment ``none``, ``shift``, ``dual`` or ``dual8``, for reports.
+        treatments: of each input segment, for reports.
         alphas: per output group and input segment the smoothing strength, None without, for reports.
         sqnr: output signal to quantization noise on the sampled rows, dB; NaN without samples.
     """
@@ -74,7 +76,7 @@ class LinearSolution:
     shift: Tensor | None
     input_amax: dict[str, Tensor] = field(default_factory=dict)
     weight_amax: dict[str, Tensor] = field(default_factory=dict)
-    treatments: tuple[str, ...] = ()
+    treatments: tuple[Treatment, ...] = ()
     alphas: tuple[tuple[float | None, ...], ...] = ()
     sqnr: float = math.nan
 
@@ -84,34 +86,34 @@ class LinearSolution:
         return self.layout.is_single and self.smoothing is None and self.shift is None
 
 
-def static_amax(range_: ChannelRange, smoothing: Tensor, treatment: str, fmt: QuantFormat) -> tuple[Tensor, ...]:
+def static_amax(range_: ChannelRange, smoothing: Tensor, polarity: str, fmt: QuantFormat) -> tuple[Tensor, ...]:
     """The static scales' amax of a (shifted) segment with channel ranges ``range_`` (k,) and ``smoothing`` (k,).
 
     Returns:
-        One () tensor, or two, (positive, negative), where the treatment splits by sign.
+        One () tensor, or two, (positive, negative), where the polarity splits by sign.
     """
-    if treatment in ("none", "shift"):
+    if polarity == "none":
         return ((range_.amax / smoothing).amax(),)
     positive = (range_.high / smoothing).amax().clamp(min=0)
     negative = (-range_.low / smoothing).amax().clamp(min=0)
-    if treatment == "dual" and fmt.is_integer:
+    if polarity == "dual" and fmt.is_integer:
         # The negative codes reach one further than the positive ones: -128 stands for the minimum.
         negative = negative * (fmt.max_code / -fmt.min_code)
     return positive, negative
 
 
-def round_input(z: Tensor, treatment: str, fmt: QuantFormat, amax: tuple[Tensor, ...] | None) -> Tensor:
+def round_input(z: Tensor, polarity: str, fmt: QuantFormat, amax: tuple[Tensor, ...] | None) -> Tensor:
     """Round z (R, k) as an :class:`InputBank` block would; ``amax`` None means dynamic scales."""
-    if treatment in ("none", "shift"):
+    if polarity == "none":
         return quantize_dequantize(z, row_amax(z, fmt) if amax is None else amax[0], fmt)
     positive, negative = z.clamp(min=0), (-z).clamp(min=0)
-    if treatment == "dual8":
+    if polarity == "dual8":
         fmt = fmt.as_unsigned()
     else:
         negative = -negative
     amax = amax or (row_amax(positive, fmt), row_amax(negative, fmt))
     rounded = quantize_dequantize(negative, amax[1], fmt)
-    return quantize_dequantize(positive, amax[0], fmt) + (-rounded if treatment == "dual8" else rounded)
+    return quantize_dequantize(positive, amax[0], fmt) + (-rounded if polarity == "dual8" else rounded)
 
 
 def round_weight(weight: Tensor, segments: Sequence[int], fmt: QuantFormat | None) -> Tensor:
@@ -144,8 +146,6 @@ def solve_linear(
     weight = weight.detach().float()
     groups = plan.out_segments if options.alphas != (None,) else (weight.shape[0],)
     weight_segments = plan.out_segments if weight_format is not None and not weight_format.per_row else groups
-    weight_bound = statistics.largest_call <= options.weight_bound_rows
-
     folds = statistics.folds()
     chosen = [
         _solve_segment(
@@ -157,7 +157,6 @@ def solve_linear(
             input_format,
             weight_format,
             options,
-            weight_bound,
             has_statistics,
         )
         for channels, tag in zip(plan.in_slices, plan.activations, strict=True)
@@ -173,10 +172,10 @@ def solve_linear(
         in_segments=plan.in_segments,
         out_groups=groups,
         weight_segments=weight_segments,
-        polarity=tuple("none" if treatment == "shift" else treatment for treatment in treatments),
+        polarity=tuple(treatment.polarity for treatment in treatments),
     )
     smoothing = torch.cat([choice.smoothing for choice in chosen], dim=1)
-    shift = torch.cat([choice.shift for choice in chosen]) if "shift" in treatments else None
+    shift = torch.cat([choice.shift for choice in chosen]) if any(choice.treatment.shift for choice in chosen) else None
     solution = LinearSolution(
         layout=layout,
         smoothing=smoothing if any(alpha is not None for choice in chosen for alpha in choice.alphas) else None,
@@ -221,7 +220,7 @@ def _weight_amax(weight: Tensor, layout: SegLayout, smoothing: Tensor | None, fm
 class _Choice:
     """The outcome for one input segment; lists run over the output groups."""
 
-    treatment: str
+    treatment: Treatment
     shift: Tensor  # (k,)
     alphas: tuple[float | None, ...] = ()
     smoothing: Tensor = field(default_factory=lambda: torch.empty(0))  # (groups, k)
@@ -243,14 +242,17 @@ def _solve_segment(
     input_format: QuantFormat | None,
     weight_format: QuantFormat | None,
     options: SearchOptions,
-    weight_bound: bool,
     has_statistics: bool,
 ) -> _Choice:
     """Try every treatment with every smoothing; weight is (N, k), ``groups`` has the weight segments of each group."""
     low, high = float(whole.range.low.min()), float(whole.range.high.max())
     polar = is_polar(tag, low, high) if has_statistics else bool(tag)
     treatments = candidates(
-        options.polarity, polar=polar, weight_bound=weight_bound, fmt=input_format, has_statistics=has_statistics
+        options.polarity,
+        polar=polar,
+        affordable=options.second_product,
+        fmt=input_format,
+        has_statistics=has_statistics,
     )
     if not has_statistics:
         # Generated rows say nothing about errors: the finest treatment on offer is taken as it is.
@@ -269,7 +271,7 @@ def _try_treatment(
     folds: list[Sample],
     weight: Tensor,
     groups: list[tuple[int, ...]],
-    treatment: str,
+    treatment: Treatment,
     input_format: QuantFormat | None,
     weight_format: QuantFormat | None,
     options: SearchOptions,
@@ -277,26 +279,38 @@ def _try_treatment(
     """The best smoothing of every group under one treatment: tried on the folds, then fitted to all calls."""
 
     def shift_for(sample: Sample) -> Tensor:
-        if treatment == "shift":
+        if treatment.shift:
             return options.stored(shift_of(sample.range.high, sample.range.low, options.shift_per_channel))
         return torch.zeros_like(sample.range.high)
 
     def fit(range_: ChannelRange, part: Tensor, alpha: float | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Smoothing (k,) and static amax for a shifted range; () where scales are dynamic."""
+        """Smoothing (k,) and, for a shifted range, the static scales' unclipped amax; () where scales are dynamic."""
         scale = torch.ones_like(range_.high)
         if alpha is not None:
             scale = options.stored(smoothing_scale(range_.amax, part.abs().amax(dim=0), alpha))
         if input_format is None or input_format.dynamic:
             return scale, ()
-        return scale, tuple(options.stored(amax) for amax in static_amax(range_, scale, treatment, input_format))
+        return scale, static_amax(range_, scale, treatment.polarity, input_format)
 
-    def noise_of(sample: Sample, part: Tensor, sizes: Sequence[int], alpha: float | None, reference: Tensor) -> float:
+    def clipped(static: tuple[Tensor, ...], clip: float) -> tuple[Tensor, ...]:
+        return tuple(options.stored(amax * clip) for amax in static)
+
+    def noise_by_clip(
+        sample: Sample, part: Tensor, sizes: Sequence[int], alpha: float | None, reference: Tensor
+    ) -> Tensor:
+        """Squared output error of one fold for every clipping ratio, (ratios,) float32."""
         scale, static = fit(sample.range, part, alpha)
         z = sample.rows / scale
-        if input_format is not None:
-            z = round_input(z, treatment, input_format, static or None)
-        return float((z @ round_weight(part * scale, sizes, weight_format).T - reference).square().sum())
+        rounded = round_weight(part * scale, sizes, weight_format)
+        noise = []
+        for clip in clips:
+            codes = z
+            if input_format is not None:
+                codes = round_input(z, treatment.polarity, input_format, clipped(static, clip) or None)
+            noise.append((codes @ rounded.T - reference).square().sum())
+        return torch.stack(noise)
 
+    clips = options.clips if input_format is not None and not input_format.dynamic else (1.0,)
     choice = _Choice(treatment, shift=shift_for(whole))
     shifted = [fold - shift_for(fold) for fold in folds]
     fitted = []
@@ -304,17 +318,18 @@ def _try_treatment(
         # The signal is the whole output, shift included, or shifted segments would look worse than they are.
         choice.signal += sum(float((fold.rows @ part.T).square().sum()) for fold in folds)
         references = [fold.rows @ part.T for fold in shifted]
-        best, least = options.alphas[0], math.inf
+        best, least = (options.alphas[0], clips[0]), math.inf
         for alpha in options.alphas:
-            noise = sum(
-                noise_of(fold, part, sizes, alpha, reference)
-                for fold, reference in zip(shifted, references, strict=True)
-            )
-            if noise < least * (1 - WORTHWHILE):
-                best, least = alpha, noise
+            noise = torch.zeros(len(clips), device=part.device)
+            for fold, reference in zip(shifted, references, strict=True):
+                noise += noise_by_clip(fold, part, sizes, alpha, reference)
+            for clip, value in zip(clips, noise.tolist(), strict=True):
+                if value < least * (1 - WORTHWHILE):
+                    best, least = (alpha, clip), value
         choice.noise += least
-        choice.alphas += (best,)
-        fitted.append(fit(whole.range - choice.shift, part, best))
+        choice.alphas += (best[0],)
+        scale, static = fit(whole.range - choice.shift, part, best[0])
+        fitted.append((scale, clipped(static, best[1])))
     choice.smoothing = torch.stack([scale for scale, _ in fitted])
     choice.input_amax = [static for _, static in fitted]
     return choice

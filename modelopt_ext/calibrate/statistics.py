@@ -79,7 +79,6 @@ class LinearStatistics:
         rows: (at most ``samples``, K) bfloat16 or float16, on the CPU: a uniform sample without replacement.
         rows_seen: number of rows over all calls.
         calls: number of calls.
-        largest_call: number of rows of the largest call, the M of its GEMM.
     """
 
     samples: int
@@ -87,7 +86,6 @@ class LinearStatistics:
     rows: Tensor | None = None
     rows_seen: int = 0
     calls: int = 0
-    largest_call: int = 0
     _spans: list[ChannelRange] = field(default_factory=list)
     _calls_a_span: int = 1
     _keys: Tensor | None = None
@@ -107,7 +105,6 @@ class LinearStatistics:
         self._sample(x)
         self.rows_seen += x.shape[0]
         self.calls += 1
-        self.largest_call = max(self.largest_call, x.shape[0])
 
     def _extend_range(self, seen: ChannelRange) -> None:
         if self.calls % self._calls_a_span:
