@@ -386,7 +386,7 @@ class SegmentPlan:
             )
 
 
-# -- validation helpers ----------------------------------------------------------------------------------------------
+# -- validation ------------------------------------------------------------------------------------------------------
 
 
 def _sizes(what: str, sizes: Iterable[int]) -> tuple[int, ...]:
@@ -421,7 +421,7 @@ def _check_keys(data: Any, *, required: tuple[str, ...], optional: tuple[str, ..
         raise ValueError(f"{what}: {problem}; the keys are {', '.join(known)}")
 
 
-# -- overrides ---------------------------------------------------------------------------------------------------------
+# -- overrides -------------------------------------------------------------------------------------------------------
 
 
 def _overridden(name: str, plan: LinearPlan, override: PlanOverride) -> LinearPlan:
@@ -489,7 +489,7 @@ def _examples(names: Iterable[str], count: int = 3) -> str:
     return shown + (", ..." if len(names) > count else "")
 
 
-# -- text helpers ------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------------------------
 
 
 def _text(sizes: tuple[int, ...], tags: tuple[str, ...] = ()) -> str:
