@@ -140,7 +140,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--quick", action="store_true", help="two rows, two seeds, little data")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.seeds, options.prompts, options.steps, options.calibration_steps, options.unseen_steps = 2, 2, 8, 3, 3
+        options.seeds, options.prompts, options.steps, options.calibration_steps, options.unseen_steps = 2, 8, 12, 6, 3
     return options
 
 

@@ -101,12 +101,12 @@ def draw_comparison(
         strips.append((f"{name}\n{row.sqnr.overall:.1f} dB", row.images))
         strips.append((f"difference x {gain:g}", ((row.images - reference).abs() * gain).clamp(0, 1)))
     height, width = reference.shape[2] * zoom, reference.shape[3] * zoom
-    gap, label, header = 4, 180, 64
+    gap, label, header = 4, 180, 84  # pixels; the header has room for five lines
     font = ImageFont.load_default(size=12)
     sheet = Image.new("RGB", (label + len(prompts) * (width + gap), header + len(strips) * (height + gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
-        text = "\n".join(textwrap.wrap(prompt, width=21)[:4])
+        text = "\n".join(textwrap.wrap(prompt, width=20)[:5])
         pen.multiline_text((label + column * (width + gap), 4), text, fill="black", font=font)
     for line, (name, images) in enumerate(strips):
         top = header + line * (height + gap)

@@ -35,7 +35,7 @@ def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert len(row["velocity_sqnr_db_by_timestep"]) == 4
     picture = Image.open(tmp_path / "comparison.png")
     # Full precision, then three configs with their differences; two columns of 64 x 64 images, twice as large.
-    assert picture.size == (180 + 2 * 132, 64 + 7 * 132)
+    assert picture.size == (180 + 2 * 132, 84 + 7 * 132)
     printed = capsys.readouterr().out
     assert f"| SEGQUANT_CFG | {sqnr['SEGQUANT_CFG']:.1f} |" in printed
     assert "time, text and patch embedders hold" in printed
