@@ -6,7 +6,7 @@
 
 The first command trains everything: the VAE on the pictures, then the denoiser on the latents together with all three
 text encoders, which start at random and learn from the denoiser's loss alone. The others reuse the VAE and the text
-encoders of that pipeline, frozen, and train another denoiser on the same latents.
+encoders of that pipeline, frozen (unless --train-text), and train another denoiser on the same latents.
 
 * SD3 and FLUX style: rectified flow (Esser et al., arXiv 2403.03206): x_s = (1 - s) z + s e for latents z and noise e,
   the model predicts e - z; s is logit-normal, then shifted as the saved scheduler shifts it.
@@ -380,11 +380,11 @@ def train_denoiser(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_parts(folder: Path, device: torch.device) -> tuple[AutoencoderKL, TextEncoders]:
-    """The VAE and the frozen text encoders of a trained SD3-style shapes pipeline."""
+def load_parts(folder: Path, device: torch.device, *, train_text: bool = False) -> tuple[AutoencoderKL, TextEncoders]:
+    """The VAE and the text encoders, frozen unless told otherwise, of a trained SD3-style shapes pipeline."""
     pipe = DiffusionPipeline.from_pretrained(folder).to(device)
     text = TextEncoders(pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
-    return pipe.vae, text.requires_grad_(False)
+    return pipe.vae, text.requires_grad_(train_text)
 
 
 def new_text_encoders(seed: int, device: torch.device) -> TextEncoders:
@@ -400,7 +400,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to save the pipeline in")
     parser.add_argument("--denoiser", choices=sorted(KINDS), default="sd3")
-    parser.add_argument("--parts", type=Path, help="SD3-style pipeline to take VAE and text encoders from, frozen")
+    parser.add_argument("--parts", type=Path, help="SD3-style pipeline to take VAE and text encoders from")
+    parser.add_argument("--train-text", action="store_true", help="go on training the text encoders of --parts")
     parser.add_argument("--pictures", type=int, default=262_144)
     parser.add_argument("--vae-steps", type=int, default=3364)
     parser.add_argument("--vae-batch", type=int, default=128)
@@ -425,7 +426,7 @@ def main() -> None:
     data = make_data(args.pictures, args.seed, device)
     log.info("%d pictures with captions", args.pictures)
     if args.parts:
-        vae, text = load_parts(args.parts, device)
+        vae, text = load_parts(args.parts, device, train_text=args.train_text)
     else:
         schedule = Schedule(args.vae_steps, args.rate, args.vae_seconds)
         vae, text = train_vae(data, schedule, args.vae_batch, args.seed), new_text_encoders(args.seed, device)
