@@ -141,7 +141,8 @@ def test_static_scales_are_the_maxima_of_the_calibration_data(model: nn.Module):
     CALIBRATION(model)
     for handle in handles:
         handle.remove()
-    mtq.quantize(model, quiet(linear_only(*STATIC_INT8), alpha=None, polarity="none", segments=False), CALIBRATION)
+    config = linear_only(*STATIC_INT8, alpha=None, polarity="none", segments=False, clip_grid=(1.0,))
+    mtq.quantize(model, quiet(config), CALIBRATION)
     for name, amax in seen.items():
         assert model.get_submodule(name).input_quantizer.amax.item() == pytest.approx(amax)
 
@@ -513,6 +514,7 @@ def test_uncalled_linear_is_reported_and_left_alone(caplog: pytest.LogCaptureFix
         ({"alpha": "best"}, "alpha"),
         ({"alpha_grid": ()}, "at least one number"),
         ({"alpha_grid": (0.5, 2.0)}, r"each in \[0, 1\]"),
+        ({"clip_grid": (0.0, 1.0)}, r"each in \(0, 1\]"),
         ({"samples": 0}, "samples"),
         ({"second_product_budget": -1}, "second_product_budget"),
         ({"polarity": "triple"}, "polarity"),
