@@ -104,12 +104,12 @@ class LinearPlan:
     @property
     def in_slices(self) -> tuple[slice, ...]:
         """One slice of the input channels per input segment."""
-        return _slices(self.in_segments)
+        return slices(self.in_segments)
 
     @property
     def out_slices(self) -> tuple[slice, ...]:
         """One slice of the output channels per output segment."""
-        return _slices(self.out_segments)
+        return slices(self.out_segments)
 
     def to_dict(self) -> dict[str, list[int] | list[str]]:
         """Plain types only: dict, list, str, int."""
@@ -405,7 +405,8 @@ def _as_tuple(what: str, value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _slices(sizes: tuple[int, ...]) -> tuple[slice, ...]:
+def slices(sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    """Consecutive slices of the given sizes: ``(2, 3) -> (slice(0, 2), slice(2, 5))``."""
     ends = list(accumulate(sizes))
     return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
@@ -473,7 +474,7 @@ def _override_fields(name: str, override: Any) -> dict[str, Any]:
 def _carry_tags(plan: LinearPlan, sizes: tuple[int, ...]) -> tuple[str, ...]:
     """The tags for new input segments: that of the recorded segment around each, "" where it spans several."""
     tags = []
-    for new in _slices(sizes):
+    for new in slices(sizes):
         around = [
             tag
             for old, tag in zip(plan.in_slices, plan.activations, strict=True)

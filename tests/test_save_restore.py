@@ -214,3 +214,20 @@ def test_without_the_plugin_the_missing_mode_is_named(static: tuple[Path, nn.Mod
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "Mode segquant_calibrate not found" in result.stderr
+
+
+def test_diffusers_alone_loads_the_plain_weights(static: tuple[Path, nn.Module]):
+    """Without ModelOpt and the plugin the quantizers are ignored, and what remains is the full-precision model."""
+    script = (
+        f"import sys, torch; sys.path.insert(0, {str(HERE)!r})\n"
+        "from diffusers import SD3Transformer2DModel\n"
+        f"model = SD3Transformer2DModel.from_pretrained({str(static[0])!r}).eval()\n"
+        "assert 'modelopt' not in sys.modules and 'modelopt_ext' not in sys.modules\n"
+        f"torch.save(model.state_dict(), {str(static[0] / 'plain.pt')!r})\n"
+    )
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    plain = torch.load(static[0] / "plain.pt", weights_only=True)
+    original = tiny_sd3_transformer().state_dict()
+    assert plain.keys() == original.keys()
+    assert all(torch.equal(plain[name], value) for name, value in original.items())

@@ -6,6 +6,7 @@ Nothing of the model changes before every layer has its solution, so an error on
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from ..dataflow import RecordFirstForward
 from ..formats import QuantFormat
 from ..nn import QuantizerBank, SegLinear, to_seg_linear
 from ..plan import LinearPlan, SegmentPlan, fold_names
+from ..presets import PER_TOKEN
 from .generated_inputs import generated_forward_loop
 from .polarity import affordable_second_products
 from .search import LinearSolution, SearchOptions, solve_linear
@@ -29,7 +31,6 @@ from .statistics import LinearStatistics, collect
 logger = logging.getLogger(__name__)
 
 ForwardLoop = Callable[[nn.Module], object]
-PER_TOKEN = {"type": "dynamic", "block_sizes": {-1: None, "type": "dynamic"}}
 
 
 @dataclass
@@ -112,6 +113,8 @@ def calibrate_model(
                 )
         _apply(model, modules, layers, solutions)
     logger.info("segquant: %s", plan.summary())
+    worst = sorted((solution.sqnr, name) for name, solution in solutions.items() if not math.isnan(solution.sqnr))[:5]
+    logger.info("segquant: lowest output SQNR: %s", ", ".join(f"{name} {sqnr:.1f} dB" for sqnr, name in worst))
     return Calibration(plan, solutions)
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..formats import QuantFormat, quantize_dequantize, row_amax
-from ..nn.layout import SegLayout, input_block, slices, weight_block
-from ..plan import LinearPlan
+from ..nn.layout import SegLayout, input_block, weight_block
+from ..plan import LinearPlan, slices
 from .polarity import Treatment, candidates, is_polar, shift_of
 from .smoothing import smoothing_scale
 from .statistics import ChannelRange, LinearStatistics, Sample

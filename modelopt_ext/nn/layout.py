@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from ..plan import slices
+
 SPLIT_BY_SIGN = ("dual", "dual8")
 POLARITIES = ("none", *SPLIT_BY_SIGN)
-
-
-def slices(sizes: tuple[int, ...]) -> tuple[slice, ...]:
-    """Consecutive slices of the given sizes: ``(2, 3) -> (slice(0, 2), slice(2, 5))``."""
-    ends = tuple(accumulate(sizes))
-    return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
 
 @dataclass(frozen=True)
