@@ -24,11 +24,19 @@ import score_shapes
 from diffusers import StableDiffusion3Pipeline
 from quantize_shapes import GUIDANCE, PIPELINE, TEXT_TOKENS
 
+from modelopt_ext import SegQuantCalibConfig
 from modelopt_ext.presets import linear_only
 from optimum_segquant.evaluation import compare, sample_trajectories
 
-PLAIN: dict[str, Any] = {"segments": False, "polarity": "none", "alpha": None, "embedders": "per_token"}
-ALL: dict[str, Any] = {"segments": True, "polarity": "auto", "alpha": "search", "embedders": "per_token"}
+CLIP_GRID = SegQuantCalibConfig().clip_grid
+PLAIN: dict[str, Any] = {
+    "segments": False,
+    "polarity": "none",
+    "alpha": None,
+    "clip_grid": (1.0,),
+    "embedders": "per_token",
+}
+ALL: dict[str, Any] = {"embedders": "per_token"}  # everything else as the algorithm has it by default
 
 ROWS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
@@ -39,18 +47,20 @@ ROWS: dict[str, dict[str, Any]] = {
     "+ dual8": {**PLAIN, "polarity": "dual8"},
     "+ shift": {**PLAIN, "polarity": "shift"},
     "+ auto": {**PLAIN, "polarity": "auto"},
-    "smoothing + segments": {**ALL, "polarity": "none"},
-    "smoothing + segments + dual": {**ALL, "polarity": "dual"},
-    "smoothing + segments + dual8": {**ALL, "polarity": "dual8"},
-    "smoothing + segments + shift": {**ALL, "polarity": "shift"},
-    "smoothing + segments + auto (all)": ALL,
-    "all but segments": {**ALL, "segments": False},
+    "+ clipping": {**PLAIN, "clip_grid": CLIP_GRID},
+    "all": ALL,
+    "all, dual for auto": {**ALL, "polarity": "dual"},
+    "all, dual8 for auto": {**ALL, "polarity": "dual8"},
+    "all, shift for auto": {**ALL, "polarity": "shift"},
+    "all but polarity": {**ALL, "polarity": "none"},
     "all but smoothing": {**ALL, "alpha": None},
+    "all but segments": {**ALL, "segments": False},
+    "all but clipping": {**ALL, "clip_grid": (1.0,)},
     "all, embedders static": {**ALL, "embedders": "as_configured"},
 }
 """Fields of the ``segquant`` algorithm, by the name of the row."""
 
-QUICK_ROWS = ("plain", "smoothing + segments + auto (all)")
+QUICK_ROWS = ("plain", "all")
 
 WEIGHTS: dict[str, dict[str, Any]] = {
     "per-channel": {"num_bits": 8, "axis": 0},

@@ -66,7 +66,7 @@ def test_ablation_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     results = ablation.main(["--quick", "--json", str(tmp_path / "ablation.json")])
     assert json.loads((tmp_path / "ablation.json").read_text()) == {"velocity_sqnr_db": results}
     for rows in results.values():
-        plain, everything = rows["plain"], rows["smoothing + segments + auto (all)"]
+        plain, everything = rows["plain"], rows["all"]
         assert len(plain) == len(everything) == 2
         assert all(a > p for a, p in zip(everything, plain, strict=True))
     assert "2 seeds; mean ± standard deviation" in capsys.readouterr().out
