@@ -32,9 +32,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def watched(*calls: Tensor, samples: int = 10_000, seed: int = 0) -> LinearStatistics:
+    """Statistics after calls of (tokens, K), each one item, or of (items, tokens, K)."""
     statistics = LinearStatistics(samples, seed)
     for call in calls:
-        statistics.update(call)
+        statistics.update(call if call.dim() == 3 else call.unsqueeze(0))
     return statistics
 
 
@@ -110,6 +111,18 @@ def test_folds_hold_out_other_calls(count: int):
     for fold in folds:
         inside = (fold.rows >= fold.range.low) & (fold.rows <= fold.range.high)
         assert not inside.any(), "a fold's range saw the fold's rows"
+
+
+def test_folds_hold_out_every_other_item_of_large_batches():
+    """Item i of each call holds the constant i, at every timestep (call) another offset."""
+    items = torch.arange(6.0).reshape(6, 1, 1).expand(6, 3, 2)
+    folds = watched(*[items + 100 * step for step in range(10)]).folds()
+    for fold, parity in zip(folds, (0, 1), strict=True):
+        assert len(fold.rows) == 3 * 3 * 10
+        small = fold.rows.float()[:9, 0]  # later rows are rounded to bfloat16
+        assert (small % 2 == parity).all()
+        assert fold.range.low.tolist() == [1 - parity] * 2
+        assert fold.range.high.tolist() == [904 + (1 - parity)] * 2
 
 
 def test_a_single_call_has_nothing_to_hold_out():
