@@ -74,7 +74,7 @@ Results = dict[str, dict[str, list[float]]]
 
 def run(pipeline: Any, rows: Mapping[str, Mapping[str, Any]], seeds: int, options: argparse.Namespace) -> Results:
     """Quantize and measure every row on every seed."""
-    results: Results = {weights: {row: [] for row in rows} for weights in WEIGHTS}
+    results: Results = {weights: {row: [] for row in rows} for weights in options.weights}
     sampling = {
         "num_inference_steps": options.steps,
         "guidance_scale": GUIDANCE,
@@ -93,9 +93,9 @@ def run(pipeline: Any, rows: Mapping[str, Mapping[str, Any]], seeds: int, option
             )
             for base, kept in ((10_000, options.calibration_steps), (20_000, options.unseen_steps))
         )
-        for weights, weight_format in WEIGHTS.items():
+        for weights in options.weights:
             for name, algorithm in rows.items():
-                config = linear_only(weight_format, ACTIVATIONS, progress=False, **algorithm)
+                config = linear_only(WEIGHTS[weights], ACTIVATIONS, progress=False, **algorithm)
                 row = compare(pipeline, config, calibration=calibration, unseen=unseen)
                 results[weights][name].append(row.sqnr.overall)
                 print(f"seed {seed}, {weights}, {name}: {row.sqnr.overall:.2f} dB, {row.seconds:.0f} s", flush=True)
@@ -140,6 +140,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="folder of a shapes pipeline")
     parser.add_argument("--json", type=Path, default=Path("out/ablation.json"), help="where to write every value")
+    parser.add_argument("--weights", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24, help="denoising steps of every trajectory")
     parser.add_argument(

@@ -63,12 +63,12 @@ def test_unknown_rows_and_pipelines_are_refused(tmp_path: Path):
 
 @pytest.mark.slow
 def test_ablation_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    results = ablation.main(["--quick", "--json", str(tmp_path / "ablation.json")])
+    results = ablation.main(["--quick", "--weights", "per-channel", "--json", str(tmp_path / "ablation.json")])
     assert json.loads((tmp_path / "ablation.json").read_text()) == {"velocity_sqnr_db": results}
-    for rows in results.values():
-        plain, everything = rows["plain"], rows["all"]
-        assert len(plain) == len(everything) == 2
-        assert all(a > p for a, p in zip(everything, plain, strict=True))
+    assert list(results) == ["per-channel"]
+    plain, everything = results["per-channel"]["plain"], results["per-channel"]["all"]
+    assert len(plain) == len(everything) == 2
+    assert all(a > p for a, p in zip(everything, plain, strict=True))
     assert "2 seeds; mean ± standard deviation" in capsys.readouterr().out
 
 
