@@ -5,8 +5,10 @@
     python examples/train_shapes_pipeline.py --denoiser sdxl --parts examples/pipelines/shapes-sd3 --output shapes-sdxl
 
 The first command trains everything: the VAE on the pictures, then the denoiser on the latents together with all three
-text encoders, which start at random and learn from the denoiser's loss alone. The others reuse the VAE and the text
-encoders of that pipeline, frozen (unless --train-text), and train another denoiser on the same latents.
+text encoders, which start at random and learn from the denoiser's loss alone. The others reuse the VAE and the CLIP
+encoders of that pipeline, frozen, and train another denoiser on the same latents. FLUX reads its prompts from T5's
+states, and the T5 of that pipeline knows no word order, as CLIP told SD3's transformer all it needed. So FLUX gets a
+new T5, taught to say what the CLIP encoders say of every word, then trained on together with the denoiser, slowly.
 
 * SD3 and FLUX style: rectified flow (Esser et al., arXiv 2403.03206): x_s = (1 - s) z + s e for latents z and noise e,
   the model predicts e - z; s is logit-normal, then shifted as the saved scheduler shifts it.
@@ -19,10 +21,12 @@ a pipeline loaded without T5 gets). A part of the steps pads the text to the len
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import math
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -43,7 +47,12 @@ log = logging.getLogger("train_shapes_pipeline")
 
 CHUNK = 4096  # scenes a worker samples with one seed
 DROP_CAPTION = 0.1  # share of samples that are trained with the empty caption
-DROP_T5 = 0.1  # share of samples that are trained with zeros for the T5 states
+DROP_T5 = 0.1  # share of samples that are trained with zeros for the T5 states, where a pipeline may lack T5
+T5_LAYERS = 3  # of the T5 that is taught for FLUX
+T5_RATE = 0.15  # of the denoiser's learning rate, for a T5 that was taught: its attention is unscaled and easily upset
+WATCH_PROMPTS = 64
+WATCH_SLACK = 0.05  # share of prompts by which a later state may be worse than the best before and still be kept
+SPARE_SECONDS = 35.0  # kept for judging and saving the final state
 SHORT_TEXT = 32  # tokens; every caption fits
 LONG_EVERY = 10  # one step in so many pads T5's text to the pipeline's default length
 KL_WEIGHT = 5e-4  # nats of KL a latent element against L1 a pixel channel (pixels in -1..1)
@@ -182,6 +191,65 @@ class TextEncoders(nn.Module):
         )
 
 
+class Student(nn.Module):
+    """A T5 encoder with a linear map from its states to those of the CLIP encoders."""
+
+    def __init__(self, t5: T5EncoderModel) -> None:
+        super().__init__()
+        self.t5 = t5
+        self.head = nn.Linear(shapes_models.T5_WIDTH, sum(shapes_models.CLIP_WIDTHS))
+
+    def forward(self, t5_ids: torch.Tensor) -> torch.Tensor:
+        """(B, tokens) int64 to (B, tokens, sum of the CLIP widths)."""
+        said: torch.Tensor = self.head(self.t5(t5_ids)[0])
+        return said
+
+
+def teach_t5(data: Data, text: TextEncoders, schedule: Schedule, batch: int, seed: int) -> tuple[T5EncoderModel, float]:
+    """Teach a new T5 encoder what the CLIP encoders of ``text`` say of every word, in short and in padded texts.
+
+    Both tokenizers cut captions alike, but for CLIP's start token. CLIP reads forwards only, so its states, among them
+    the one at the end token, hold the order of the words before.
+
+    Returns:
+        The encoder, and the share of the variance of CLIP's states that it can't tell, 0..1, on captions of ``data``.
+    """
+    device, count = data.scenes.device, len(data.scenes)
+    torch.manual_seed(seed)
+    student = Student(shapes_models.build_t5(shapes_models.load_tokenizers()[1], T5_LAYERS, neighbours=True)).to(device)
+
+    def states(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            clips = [
+                clip(data.clip_ids[rows], output_hidden_states=True).hidden_states[-2]
+                for clip in (text.clip_1, text.clip_2)
+            ]
+        return torch.cat(clips, dim=-1)[:, 1:SHORT_TEXT], data.t5_ids[rows, : SHORT_TEXT - 1] != 0
+
+    some = torch.arange(min(2048, count), device=device)
+    wanted, words = states(some)
+    mean, deviation = wanted[words].mean(0), wanted[words].std(0)
+
+    def error(model: Student, rows: torch.Tensor, tokens: int) -> torch.Tensor:
+        wanted, words = states(rows)
+        said = model(F.pad(data.t5_ids[rows], (0, tokens - SHORT_TEXT)))[:, : SHORT_TEXT - 1].float()
+        square = (said - (wanted - mean) / deviation).square().mean(-1)
+        return (square * words).sum() / words.sum()
+
+    def short(model: Student) -> torch.Tensor:
+        return error(model, torch.randint(count + 1, (batch,), device=device), SHORT_TEXT)
+
+    def long(model: Student) -> torch.Tensor:
+        size = max(1, batch * SHORT_TEXT // Flux.long_text)
+        return error(model, torch.randint(count + 1, (size,), device=device), Flux.long_text)
+
+    taught = train("t5", student, [short] * (LONG_EVERY - 1) + [long], schedule)
+    with torch.no_grad():
+        missed = error(taught, some, SHORT_TEXT).item()
+    log.info("t5: taught all but %.2f %% of what CLIP says", 100 * missed)
+    return taught.t5, missed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Denoisers: each is a model, and a loss of clean latents
 
@@ -190,6 +258,7 @@ class Denoiser(nn.Module):
     """What a kind of pipeline adds to its model: how latents are scaled, and the loss. Constants live on ``device``."""
 
     long_text = SHORT_TEXT  # tokens that the pipeline pads T5's text to by default
+    drop_t5 = DROP_T5
     repeated: tuple[str, ...]  # names of the model's lists of blocks
     model: nn.Module
 
@@ -258,6 +327,7 @@ class Flux(Flow):
     """FLUX's transformer: latents packed 2 x 2 into tokens, only T5 as context."""
 
     long_text = 512
+    drop_t5 = 0.0  # without T5 there is no FLUX
     repeated = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(self, device: torch.device) -> None:
@@ -333,9 +403,21 @@ class Trainee(nn.Module):
 
 
 def train_denoiser(
-    kind: str, data: Data, vae: AutoencoderKL, text: TextEncoders, schedule: Schedule, batch: int, seed: int
+    kind: str,
+    data: Data,
+    vae: AutoencoderKL,
+    text: TextEncoders,
+    schedule: Schedule,
+    batch: int,
+    seed: int,
+    *,
+    text_rate: float = 1.0,
+    watch: Callable[[Trainee], None] | None = None,
 ) -> Trainee:
-    """Train a denoiser of ``kind`` on the latents of the data; the text encoders too, where they require gradients."""
+    """Train a denoiser of ``kind`` on the latents of the data; the text encoders too, where they require gradients.
+
+    ``text_rate`` is a factor on the text encoders' learning rate; ``watch`` gets the moving average now and then.
+    """
     device, count = data.scenes.device, len(data.scenes)
     means, deviations = encode(vae, data, torch.arange(count, device=device))
     log.info("%s: %d latents cached", kind, count)
@@ -354,7 +436,8 @@ def train_denoiser(
         t5_ids = F.pad(data.t5_ids[caption], (0, tokens - SHORT_TEXT))  # T5 pads with token 0
         with torch.set_grad_enabled(not frozen):
             encoded: Text = worker.text(data.clip_ids[caption], t5_ids, empty)
-        encoded.t5 = encoded.t5 * (torch.rand(size, 1, 1, device=device) >= DROP_T5).to(encoded.t5.dtype)
+        if drop := worker.denoiser.drop_t5:
+            encoded.t5 = encoded.t5 * (torch.rand(size, 1, 1, device=device) >= drop).to(encoded.t5.dtype)
         return worker.denoiser.loss(latents, encoded)
 
     def short_loss(worker: Trainee) -> torch.Tensor:
@@ -374,17 +457,51 @@ def train_denoiser(
     losses = [short_loss] * LONG_EVERY
     if trainee.denoiser.long_text > SHORT_TEXT:
         losses[-1] = long_loss
-    return train(kind, trainee, losses, schedule, compile_blocks)
+
+    def rates(name: str) -> float:
+        return text_rate if name.startswith("text.") else 1.0
+
+    return train(kind, trainee, losses, schedule, compile_blocks, rates=rates, watch=watch)
+
+
+def assemble(kind: str, trained: Trainee, vae: AutoencoderKL) -> DiffusionPipeline:
+    """The stock pipeline of what was trained."""
+    clips = trained.text.clip_1, trained.text.clip_2
+    pipe = shapes_models.assemble(kind, trained.denoiser.model, vae, clips, trained.text.t5)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Keeper:
+    """Judges states of a training and keeps the best on disk, as pipelines; of about equally good ones the last."""
+
+    def __init__(self, kind: str, vae: AutoencoderKL, folder: Path) -> None:
+        self.kind, self.vae, self.folder = kind, vae, folder
+        self.best = 0.0
+        self.prompts = score_shapes.unseen_prompts(WATCH_PROMPTS)
+
+    def __call__(self, trained: Trainee) -> None:
+        """Judge a state and save it unless it is clearly worse than the best so far."""
+        # Of a copy: saving rounds to half precision.
+        pipe = assemble(self.kind, copy.deepcopy(trained), copy.deepcopy(self.vae))
+        pictures = score_shapes.generate(pipe, self.prompts, batch=WATCH_PROMPTS)
+        judged = score_shapes.score(self.prompts, pictures)
+        log.info("%s now: %s", self.kind, judged)
+        if judged.rate < self.best - WATCH_SLACK:
+            log.warning("%s: not kept, %.1f %% was reached before", self.kind, 100 * self.best)
+            return
+        self.best = max(self.best, judged.rate)
+        shapes_models.save(pipe, self.folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_parts(folder: Path, device: torch.device, *, train_text: bool = False) -> tuple[AutoencoderKL, TextEncoders]:
-    """The VAE and the text encoders, frozen unless told otherwise, of a trained SD3-style shapes pipeline."""
+def load_parts(folder: Path, device: torch.device) -> tuple[AutoencoderKL, TextEncoders]:
+    """The VAE and the text encoders, frozen, of a trained SD3-style shapes pipeline."""
     pipe = DiffusionPipeline.from_pretrained(folder).to(device)
     text = TextEncoders(pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
-    return pipe.vae, text.requires_grad_(train_text)
+    return pipe.vae, text.requires_grad_(False)
 
 
 def new_text_encoders(seed: int, device: torch.device) -> TextEncoders:
@@ -401,7 +518,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to save the pipeline in")
     parser.add_argument("--denoiser", choices=sorted(KINDS), default="sd3")
     parser.add_argument("--parts", type=Path, help="SD3-style pipeline to take VAE and text encoders from")
-    parser.add_argument("--train-text", action="store_true", help="go on training the text encoders of --parts")
     parser.add_argument("--pictures", type=int, default=262_144)
     parser.add_argument("--vae-steps", type=int, default=3364)
     parser.add_argument("--vae-batch", type=int, default=128)
@@ -409,7 +525,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=13_415, help="steps of the denoiser")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--t5-steps", type=int, default=4000, help="steps of teaching FLUX's T5")
+    parser.add_argument("--t5-seconds", type=float, default=60, help="fewer of these if they don't fit into this time")
     parser.add_argument("--seconds", type=float, help="fewer steps of the denoiser if they don't fit into this time")
+    parser.add_argument("--minutes", type=float, help="the same, for the whole run: what is kept is written by then")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=512, help="unseen prompts to judge the result with; 0 for none")
@@ -418,7 +537,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if args.denoiser != "sd3" and args.parts is None:
         parser.error(f"--denoiser {args.denoiser} needs --parts: train the sd3 pipeline first and pass its folder")
-    device = torch.device(args.device)
+    started, device = time.perf_counter(), torch.device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention has crashed on short sequences
@@ -426,17 +545,30 @@ def main() -> None:
     data = make_data(args.pictures, args.seed, device)
     log.info("%d pictures with captions", args.pictures)
     if args.parts:
-        vae, text = load_parts(args.parts, device, train_text=args.train_text)
+        vae, text = load_parts(args.parts, device)
     else:
         schedule = Schedule(args.vae_steps, args.rate, args.vae_seconds)
         vae, text = train_vae(data, schedule, args.vae_batch, args.seed), new_text_encoders(args.seed, device)
-    schedule = Schedule(args.steps, args.rate, args.seconds)
-    trained = train_denoiser(args.denoiser, data, vae, text, schedule, args.batch, args.seed)
-    clips = trained.text.clip_1, trained.text.clip_2
-    pipe = shapes_models.assemble(args.denoiser, trained.denoiser.model, vae, clips, trained.text.t5)
-    shapes_models.save(pipe, args.output)
+    text_rate = 1.0
+    if args.denoiser == "flux":
+        text.t5 = teach_t5(data, text, Schedule(args.t5_steps, args.rate, args.t5_seconds), args.batch, args.seed)[0]
+        text.t5.requires_grad_(True)
+        text_rate = T5_RATE
+    seconds = args.seconds
+    if args.minutes:
+        left = 60 * args.minutes - (time.perf_counter() - started) - SPARE_SECONDS
+        if left <= 0:
+            parser.error(f"--minutes {args.minutes} were over before the denoiser's training: allow more")
+        seconds = min(seconds or left, left)
+    keeper = Keeper(args.denoiser, vae, args.output)
+    schedule = Schedule(args.steps, args.rate, seconds)
+    trained = train_denoiser(
+        args.denoiser, data, vae, text, schedule, args.batch, args.seed, text_rate=text_rate, watch=keeper
+    )
+    keeper(trained)
     log.info("saved to %s", args.output)
     if args.prompts:
+        pipe = DiffusionPipeline.from_pretrained(args.output).to(device)
         pipe.set_progress_bar_config(disable=True)
         prompts = score_shapes.unseen_prompts(args.prompts)
         for guidance in (3.0, 5.0):

@@ -49,6 +49,10 @@ def train(
     losses: Sequence[Callable[[Module], torch.Tensor]],
     schedule: Schedule,
     prepare: Callable[[Module], None] | None = None,
+    *,
+    rates: Callable[[str], float] = lambda _: 1.0,
+    watch: Callable[[Module], None] | None = None,
+    watch_every: float = 90.0,
 ) -> Module:
     """Minimise losses over the parameters of ``module`` that require gradients, by AdamW.
 
@@ -60,6 +64,10 @@ def train(
             value of any tensor.
         schedule: steps and learning rate.
         prepare: called once with the copy that computes, on a GPU only: the place to compile parts of it.
+        rates: factor on the learning rate, by the parameter's name. The gradients of parameters with different factors
+            are clipped apart, so that one part's spikes don't slow down the other.
+        watch: called every ``watch_every`` seconds with the moving average, which it must not change.
+        watch_every: seconds.
 
     Returns:
         A copy of ``module`` with the exponential moving average of the parameters, in eval mode.
@@ -73,6 +81,7 @@ def train(
         if prepare:
             prepare(worker)
     trained = [p.requires_grad for p in module.parameters()]
+    factors = [rates(name) for name, p in module.named_parameters() if p.requires_grad]
     masters, averages, working = (
         [p for p, t in zip(m.parameters(), trained, strict=True) if t] for m in (module, average, worker)
     )
@@ -80,9 +89,16 @@ def train(
     values: list[torch.Tensor] = [m.detach() for m in masters]
     working_values: list[torch.Tensor] = [p.detach() for p in working]
     rate = schedule.rate(0, schedule.steps)
+    groups = [
+        {
+            "params": [m for m, f in zip(masters, factors, strict=True) if f == factor],
+            "lr": torch.tensor(rate * factor, device=device) if on_gpu else rate * factor,
+            "factor": factor,
+        }
+        for factor in dict.fromkeys(factors)
+    ]
     optimizer = torch.optim.AdamW(
-        masters,
-        lr=torch.tensor(rate, device=device) if on_gpu else rate,
+        groups,
         betas=(0.9, 0.99),
         weight_decay=0.01,
         fused=on_gpu,
@@ -99,7 +115,8 @@ def train(
         torch._foreach_copy_([g for _, g, _ in used], [computed for _, _, computed in used])
         for m, g, _ in used:
             m.grad = g
-        nn.utils.clip_grad_norm_(masters, schedule.clip)
+        for group in groups:
+            nn.utils.clip_grad_norm_(group["params"], schedule.clip)
         optimizer.step()
         torch._foreach_copy_(working_values, values)
         return loss.detach()
@@ -112,12 +129,22 @@ def train(
     updates = [distinct[loss] for loss in losses]
     log.info("%s: ready after %.1f s", name, time.perf_counter() - started)
     steps, step, total, timed_from = schedule.steps, 0, torch.zeros((), device=device), (0, started)
+    pace, watched = math.inf, time.perf_counter()
+
+    def fitting() -> int:
+        """Steps in all that end within the time given, at least those done."""
+        if schedule.seconds is None or pace == math.inf:
+            return steps
+        left = schedule.seconds - (time.perf_counter() - started)
+        return min(steps, max(step, step + int(left / pace)))
+
     while step < steps:
         for group in optimizer.param_groups:
+            rate = group["factor"] * schedule.rate(step, steps)
             if on_gpu:
-                group["lr"].fill_(schedule.rate(step, steps))
+                group["lr"].fill_(rate)
             else:
-                group["lr"] = schedule.rate(step, steps)
+                group["lr"] = rate
         total += updates[step % len(updates)]()
         torch._foreach_lerp_(averaged, values, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
         step += 1
@@ -127,14 +154,18 @@ def train(
             pace = (now - timed_from[1]) / (step - timed_from[0])
             log.info("%s: step %d after %.1f s, %.2f ms a step", name, step, now - started, 1e3 * pace)
             timed_from = (step, now)
-            if step == TIMED[-1] and schedule.seconds:
-                fits = max(step, step + int((schedule.seconds - (now - started)) / pace))
-                if fits < steps:
-                    log.warning("%s: %d steps fit into the time given, not %d", name, fits, steps)
-                    steps = fits
+            if step == TIMED[-1] and (fits := fitting()) < steps:
+                log.warning("%s: %d steps fit into the time given, not %d", name, fits, steps)
+                steps = fits
+        if schedule.seconds and time.perf_counter() - started > schedule.seconds:
+            steps = step
         if step % LOG_EVERY == 0 or step == steps:
             log.info("%s: step %d of %d, loss %.5f", name, step, steps, float(total) / (step % LOG_EVERY or LOG_EVERY))
             total.zero_()
+        if watch and step < steps and time.perf_counter() - watched > watch_every:
+            watch(average)
+            watched = time.perf_counter()
+            steps = fitting()  # watching took time too
     log.info("%s: %d steps in %.1f s", name, steps, time.perf_counter() - started)
     return average
 
