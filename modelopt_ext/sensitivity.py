@@ -387,26 +387,37 @@ class _Session:
 
     def run(self, loop: ForwardLoop, chosen: set[int]) -> None:
         """Run the loop and measure its calls with the ``chosen`` indices."""
-        index = 0
+        index = -1
         replaying = False
+        inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            nonlocal index, replaying
-            if replaying:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal index, inputs
+            if not replaying:
+                index += 1
+                # Copies: a model may write to the tensors it gets.
+                inputs = _cloned((args, kwargs)) if index in chosen else ((), {})
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            nonlocal replaying
+            if replaying or index not in chosen:
                 return
-            if index in chosen:
-                replaying = True
-                try:
-                    self._measure(args, kwargs, output)
-                finally:
-                    replaying = False
-            index += 1
+            replaying = True
+            try:
+                self._measure(*inputs, output)
+            finally:
+                replaying = False
 
-        handle = self._model.register_forward_hook(hook, with_kwargs=True)
+        # First of all hooks, or replays would run those before it twice.
+        handles = [
+            self._model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            self._model.register_forward_hook(after),
+        ]
         try:
             loop(self._model)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if not self._calls:
             raise ValueError("the loop called the model when it was run first and not any more: it must be repeatable")
 
@@ -417,9 +428,8 @@ class _Session:
             raise ValueError("the full-precision output holds NaN or infinity; check the data and the model's dtype")
 
         def noise() -> float:
-            # Fresh inputs each time: a model may write to the tensors it gets.
-            fresh = tree_map_only(Tensor, torch.clone, (args, kwargs))
-            result = self._tensors(self._model(*fresh[0], **fresh[1]))
+            fresh_args, fresh_kwargs = _cloned((args, kwargs))
+            result = self._tensors(self._model(*fresh_args, **fresh_kwargs))
             return sum(_energy(a.double() - b.double()) for a, b in zip(reference, result, strict=True))
 
         with ExitStack() as stack:
@@ -478,6 +488,10 @@ class _Session:
                 )
             )
         return SensitivityTable(tuple(rows), self._calls, floor)
+
+
+def _cloned(inputs: Any) -> Any:
+    return tree_map_only(Tensor, torch.clone, inputs)
 
 
 def _energy(x: Tensor) -> float:
