@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modelopt_ext.calibrate.gptq import (
     GPTQOptions,
+    _round_columns,
     corrected_target,
     corrected_target_from_products,
     damped_cholesky,
@@ -158,6 +159,32 @@ def test_activation_order_helps_on_average():
     assert torch.tensor(ratios).log().mean().exp() < 0.8
 
 
+@pytest.mark.parametrize("scales", ["tensor", "channel", "group", "column"])
+@pytest.mark.parametrize(
+    "fmt",
+    [INT8, INT4, INT3, E4M3, QuantFormat(4, narrow_range=True), QuantFormat(4, unsigned=True)],
+    ids=["int8", "int4", "int3", "e4m3", "narrow", "unsigned"],
+)
+def test_columns_are_rounded_exactly_as_the_quantizer_does(fmt: QuantFormat, scales: str):
+    # Below gptq(), which would give rows that are rounded wrongly back to the quantizer's own rounding.
+    weight = normal(64, 96, seed=40) * normal(96, seed=41).exp()
+    amax = 0.5 * (weight.abs().amax(dim=0, keepdim=True) if scales == "column" else amax_of(weight, scales))
+    if scales == "group":
+        amax[:4, :8] = 0.0
+    elif scales == "column":
+        amax[:, :8] = 0.0
+    elif scales == "channel":
+        amax[:4] = 0.0
+    weight[:, 10] = (amax / fmt.max_code).expand_as(weight)[:, 10] * 2.5  # ties
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(42))
+    spread = amax.reshape(1, 1) if amax.dim() == 0 else amax
+    rounded = _round_columns(weight, spread, order, torch.eye(96), fmt, 10)
+    assert torch.equal(rounded, quantize_dequantize(weight, amax, fmt))
+    assert rounded.isfinite().all()
+    assert scales == "tensor" or (rounded[0, :8] == 0).all()
+    assert (rounded[5, 8:] != 0).any()
+
+
 @FORMATS
 def test_independent_channels_are_rounded_to_nearest(fmt: QuantFormat):
     weight, hessian = normal(16, 32, seed=7), torch.diag(normal(32, seed=8).exp())
@@ -247,7 +274,7 @@ def test_shapes_formats_and_options_are_checked():
         gptq(weight, torch.eye(8), torch.tensor(1.0), INT4)
     with pytest.raises(ValueError, match=r"repeated over their columns"):
         gptq(weight, hessian, torch.ones(4, 2), INT4)
-    with pytest.raises(ValueError, match="NVFP4 without"):
+    with pytest.raises(ValueError, match="NVFP4 without GPTQ"):
         gptq(weight, hessian, torch.tensor(1.0), QuantFormat((2, 1)))
     with pytest.raises(ValueError, match="damping"):
         GPTQOptions(damping=-0.1)
@@ -262,6 +289,17 @@ def test_damped_cholesky_is_the_factor_of_the_damped_matrix():
     expected = gram.double() + 0.1 * gram.double().diagonal().mean() * torch.eye(20).double()
     torch.testing.assert_close(factor @ factor.T, expected, rtol=1e-12, atol=0.0)
     assert torch.equal(factor, factor.tril())
+
+
+def test_damped_cholesky_trusts_no_pivot_that_is_rounding_error():
+    for seed in range(10):
+        rows = correlated_rows(50, 12, seed=500 + seed).double()
+        rows[:, 11] = rows[:, 2]
+        gram = rows.T @ rows
+        factor = damped_cholesky(gram, 0.0)
+        assert (factor.diagonal().square() / gram.diagonal()).min() > 1e-9
+        # The first step of damping was enough.
+        torch.testing.assert_close(factor @ factor.T, gram, rtol=0.0, atol=2e-6 * float(gram.diagonal().mean()))
 
 
 # -- the target that allows for rounded inputs --------------------------------------------------------------------

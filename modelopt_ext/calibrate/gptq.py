@@ -12,7 +12,8 @@ of the *inverse*, step 3 of the paper), it is row j of U divided by U_jj.
 How it is computed here. U comes from one factorization without ever forming H^-1: reversing the order of rows and
 columns gives H = R R^T with R upper triangular, and U = R^-1. Columns are worked on as rows of the transposed weight,
 so that each step reads contiguous memory, updates only its own block of ``block_size`` columns, and the rest once per
-block by one matrix product (lazy updates, step 2). No step waits for the device.
+block by one matrix product (lazy updates, step 2). No step waits for the device, and each is a handful of kernels: with
+thousands of columns one after the other, starting them is what takes the time on a GPU.
 
 Scales are fixed beforehand ("static groups"), so any order of columns keeps to them, and columns are taken by falling
 diagonal of H: the most used ones are rounded while the most others can still correct for them.
@@ -24,12 +25,13 @@ back its nearest rounding. No row of the result is worse than nearest, on the He
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..formats import QuantFormat, quantize_dequantize
+from ..formats import E4M3_MAX, SMALLEST_AMAX, QuantFormat, quantize_dequantize
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +89,10 @@ def gptq(
         raise ValueError(
             f"a weight (N, K) goes with a Hessian (K, K), not {tuple(weight.shape)} with {tuple(hessian.shape)}"
         )
-    if fmt.num_bits == (2, 1):
+    if not (fmt.is_integer or fmt.num_bits == (4, 3)):
         raise ValueError(
-            "GPTQ needs scales that are fixed beforehand; NVFP4 finds those of its groups from the rounded weights. "
-            "Use integer or FP8 weights with GPTQ, or NVFP4 without"
+            f"GPTQ rounds to integers or FP8 E4M3, with scales fixed beforehand, not to num_bits={fmt.num_bits}: NVFP4 "
+            "finds the scales of its groups from the rounded weights. Use NVFP4 without GPTQ"
         )
     amax = _two_dimensional(amax, weight)
     for what, tensor in (("weight", weight), ("Hessian", hessian), ("amax", amax)):
@@ -100,12 +102,11 @@ def gptq(
     diagonal = hessian.diagonal()
     if bool((diagonal < 0).any()):
         raise ValueError("the Hessian has a negative diagonal, so it is not X^T X of any rows X")
-    dead = diagonal == 0
     if options.activation_order:
         order = diagonal.argsort(descending=True, stable=True)
     else:
         order = torch.arange(weight.shape[1], device=weight.device)
-    corrections = _corrections(hessian, dead, order, options.damping)
+    corrections = _corrections(hessian, order, options.damping)
     rounded = _round_columns(weight, amax, order, corrections, fmt, options.block_size)
 
     nearest = quantize_dequantize(weight, amax, fmt)
@@ -218,19 +219,14 @@ def _two_dimensional(amax: Tensor, weight: Tensor) -> Tensor:
     return amax
 
 
-def _corrections(hessian: Tensor, dead: Tensor, order: Tensor, damping: float) -> Tensor:
-    """(K, K) float32, upper unit triangular: row j is U_j / U_jj, in the order of work."""
+def _corrections(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """(K, K) float32, upper unit triangular: row j is U_j / U_jj, in the order of work.
+
+    A dead channel has only the damping on its diagonal and nothing beside it, so it neither gives nor gets corrections.
+    """
     # Cholesky of the reversed order gives the upper factor R of H = R R^T; its inverse, turned back, is U.
     backwards = order.flip(0)
-    permuted = hessian[backwards][:, backwards].double()
-    # Dead channels stand apart from all others; what is on their diagonal doesn't matter, so long as it is positive.
-    nothing = dead[backwards]
-    permuted.masked_fill_(nothing.unsqueeze(0) | nothing.unsqueeze(1), 0.0)
-    alive_mean = permuted.diagonal().sum() / (~nothing).sum().clamp(min=1)
-    filler = torch.where(alive_mean > 0, alive_mean, torch.ones_like(alive_mean))
-    permuted.diagonal().add_(nothing * filler)
-    factor = damped_cholesky(permuted, damping)
-    del permuted
+    factor = damped_cholesky(hessian[backwards][:, backwards], damping)
     inverse = torch.linalg.solve_triangular(
         factor, torch.eye(len(order), dtype=factor.dtype, device=factor.device), upper=False
     )
@@ -242,27 +238,53 @@ def _round_columns(
     weight: Tensor, amax: Tensor, order: Tensor, corrections: Tensor, fmt: QuantFormat, block_size: int
 ) -> Tensor:
     """The pass over the columns; returns (N, K) like ``weight``."""
-    # (K, N): a column of the weight is contiguous, so is its column of scales.
+    # (K, N): a column of the weight is contiguous, so are its scales.
     left = weight.T[order].contiguous()
-    scales = amax.T[order].contiguous() if amax.shape[1] > 1 else None
-    columns = len(order)
+    scales = _Scales(amax.T[order] if amax.shape[1] > 1 else amax.T, fmt)
+    rounded, columns = torch.empty_like(left), len(order)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         block = left[start:stop]
         errors = torch.empty_like(block)
         for i in range(stop - start):
             j = start + i
-            scale = amax if scales is None else scales[j].unsqueeze(1)
-            rounded = quantize_dequantize(block[i].unsqueeze(1), scale, fmt).squeeze(1)
-            torch.sub(block[i], rounded, out=errors[i])
-            block[i] = rounded
+            scales.round(block[i], j, out=rounded[j])
+            torch.sub(block[i], rounded[j], out=errors[i])
             if j + 1 < stop:
                 block[i + 1 :].addr_(corrections[j, j + 1 : stop], errors[i], alpha=-1)
         if stop < columns:
             left[stop:].addmm_(corrections[start:stop, stop:].T, errors, alpha=-1)
-    result = torch.empty_like(left)
-    result[order] = left
-    return result.T.contiguous()
+    left[order] = rounded
+    return left.T.contiguous()
+
+
+class _Scales:
+    """:func:`~modelopt_ext.formats.quantize_dequantize` of one column after the other, what they share done once.
+
+    Bit for bit the same: the same operations, but where a scale is zero it divides by infinity, without a selection.
+
+    Args:
+        amax: (K, N), (K, 1), (1, N) or (1, 1): as in :func:`gptq`, transposed.
+        fmt: integers or E4M3.
+    """
+
+    def __init__(self, amax: Tensor, fmt: QuantFormat) -> None:
+        zero = amax <= SMALLEST_AMAX
+        scale = fmt.max_code / torch.where(zero, torch.ones_like(amax), amax)
+        self._per_column = len(amax) > 1
+        self._multiplier = scale.contiguous()
+        self._divisor = torch.where(zero, torch.full_like(scale, math.inf), scale).contiguous()
+        self._fmt = fmt
+
+    def round(self, values: Tensor, column: int, out: Tensor) -> None:
+        """Round ``values`` (N,) of ``column`` into ``out`` (N,)."""
+        row = column if self._per_column else 0
+        codes = values * self._multiplier[row]
+        if self._fmt.is_integer:
+            codes.round_().clamp_(self._fmt.min_code, self._fmt.max_code)
+        else:
+            codes = codes.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(values.dtype)
+        torch.div(codes, self._divisor[row], out=out)
 
 
 def _row_losses(error: Tensor, hessian: Tensor) -> Tensor:
