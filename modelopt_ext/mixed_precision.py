@@ -652,16 +652,18 @@ def _solve(
 ) -> list[int] | None:
     """The choice a group that minimizes the sum of ``objective`` within all ``limits``; None if there is none.
 
-    The solver's tolerances are absolute, noises span many orders of magnitude: everything is scaled to about one, and
-    choices that alone cost more than a known solution are left out and the rest scaled anew.
+    The solver's tolerances are absolute, noises span many orders of magnitude: once a solution is known, choices that
+    alone cost more than all of it are left out, and the rest is solved again in units of a thousandth of it.
     """
     allowed = [list(range(len(row))) for row in objective]
     limits = dict(limits)
-    scale = max((value for row in objective for value in row), default=0.0)
+    unit = max((value for row in objective for value in row), default=0.0)
+    best: list[int] | None = None
+    least = math.inf
     while True:
-        picks = _solve_scaled(objective, used, limits, allowed, scale)
+        picks = _solve_scaled(objective, used, limits, allowed, unit)
         if picks is None:
-            return None
+            return best
         over = [
             name
             for name, limit in limits.items()
@@ -671,13 +673,15 @@ def _solve(
             limits = {n: limit * (1 - _SOLVER_TOLERANCE) if n in over else limit for n, limit in limits.items()}
             continue
         value = math.fsum(objective[i][pick] for i, pick in enumerate(picks))
-        if value == 0 or value > scale * 1e-2:
-            return picks
+        if not value < least * (1 - _SLACK):
+            return best
+        best, least, unit = picks, value, value / 1000
+        if value == 0:
+            return best
         allowed = [
             [choice for choice in choices if objective[i][choice] <= value * (1 + _SLACK)]
             for i, choices in enumerate(allowed)
         ]
-        scale = value
 
 
 def _solve_scaled(
@@ -685,16 +689,16 @@ def _solve_scaled(
     used: Mapping[str, Sequence[Sequence[float]]],
     limits: Mapping[str, float],
     allowed: Sequence[Sequence[int]],
-    scale: float,
+    unit: float,
 ) -> list[int] | None:
-    def pick(rows: Sequence[Sequence[float]], unit: float) -> list[list[float]]:
-        return [[row[choice] / (unit or 1.0) for choice in choices] for row, choices in zip(rows, allowed, strict=True)]
+    def pick(rows: Sequence[Sequence[float]], one: float) -> list[list[float]]:
+        return [[row[choice] / (one or 1.0) for choice in choices] for row, choices in zip(rows, allowed, strict=True)]
 
     solver = LPS(
         "mixed_precision",
         constraints=dict.fromkeys(limits, (None, 1.0)),
         constraints_to_candidate_costs={name: pick(used[name], limit) for name, limit in limits.items()},
-        candidate_scores=pick(objective, scale),
+        candidate_scores=pick(objective, unit),
     )
     chosen, status = solver()
     if status != "Optimal":
