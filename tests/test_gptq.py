@@ -289,6 +289,9 @@ def test_damped_cholesky_is_the_factor_of_the_damped_matrix():
     expected = gram.double() + 0.1 * gram.double().diagonal().mean() * torch.eye(20).double()
     torch.testing.assert_close(factor @ factor.T, expected, rtol=1e-12, atol=0.0)
     assert torch.equal(factor, factor.tril())
+    copy = gram.double()
+    damped_cholesky(copy, 0.1)
+    assert torch.equal(copy, gram.double())
 
 
 def test_damped_cholesky_trusts_no_pivot_that_is_rounding_error():
