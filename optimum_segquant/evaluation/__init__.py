@@ -16,6 +16,7 @@ hold the weights and do the multiply-adds.
 from .comparison import Comparison, compare, denoiser_replaced
 from .cost import LayerCost, LayerShare, embedders, layer_costs, share
 from .images import generate_images
+from .memory import PeakMemory
 from .metrics import ImageMetrics, VelocitySQNR, image_metrics, sqnr_db, velocity_sqnr
 from .trajectories import DenoiserCall, Trajectories, denoiser_of, sample_trajectories
 
@@ -25,6 +26,7 @@ __all__ = [
     "ImageMetrics",
     "LayerCost",
     "LayerShare",
+    "PeakMemory",
     "Trajectories",
     "VelocitySQNR",
     "compare",

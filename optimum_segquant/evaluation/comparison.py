@@ -14,8 +14,9 @@ import modelopt.torch.quantization as mtq
 from torch import Tensor, nn
 
 from .images import generate_images
+from .memory import PeakMemory
 from .metrics import ImageMetrics, VelocitySQNR, image_metrics, velocity_sqnr
-from .trajectories import DENOISER_NAMES, Trajectories, denoiser_of
+from .trajectories import DENOISER_NAMES, Trajectories, denoiser_of, execution_device
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class Comparison:
         metrics: of ``images`` against the reference images, None when no prompts were given.
         seconds: wall time of ``mtq.quantize``, calibration included.
         denoiser: the quantized denoiser.
+        memory: bytes in use before ``mtq.quantize`` and at most during it, see :class:`PeakMemory`; the denoiser's
+            full-precision original and copy are there already before.
     """
 
     sqnr: VelocitySQNR
@@ -37,6 +40,7 @@ class Comparison:
     metrics: ImageMetrics | None
     seconds: float
     denoiser: nn.Module
+    memory: PeakMemory
 
 
 @contextlib.contextmanager
@@ -83,7 +87,8 @@ def compare(
         )
     denoiser = copy.deepcopy(denoiser_of(pipeline))
     start = time.perf_counter()
-    denoiser = mtq.quantize(denoiser, copy.deepcopy(dict(config)), calibration.forward_loop)
+    with PeakMemory(execution_device(denoiser)) as memory:
+        denoiser = mtq.quantize(denoiser, copy.deepcopy(dict(config)), calibration.forward_loop)
     seconds = time.perf_counter() - start
     logger.info("quantized in %.1f s", seconds)
     sqnr = velocity_sqnr(denoiser, unseen)
@@ -92,4 +97,4 @@ def compare(
         with denoiser_replaced(pipeline, denoiser):
             images = generate_images(pipeline, prompts, seeds=seeds, **call_kwargs)
         metrics = image_metrics(images, reference)
-    return Comparison(sqnr, images, metrics, seconds, denoiser)
+    return Comparison(sqnr, images, metrics, seconds, denoiser, memory)
