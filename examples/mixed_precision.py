@@ -23,18 +23,27 @@ from diffusers import StableDiffusion3Pipeline
 from quantize_shapes import GUIDANCE, PIPELINE, TEXT_TOKENS
 
 import modelopt_ext
-from modelopt_ext.mixed_precision import Allocation, CandidateScores, score_candidates
+from modelopt_ext.mixed_precision import (
+    DEFAULT_CANDIDATES,
+    Allocation,
+    Candidate,
+    CandidateScores,
+    score_candidates,
+)
+from modelopt_ext.presets import PER_TOKEN
 from modelopt_ext.sensitivity import layer_sensitivity
 from optimum_segquant.evaluation import compare, denoiser_of, sample_trajectories
 
 # Prompts and noise of calibration, choice and measurement are distinct.
 CALIBRATION_SEED, CHOICE_SEED, UNSEEN_SEED = 30_000, 31_000, 32_000
 
-TIMES = (1.05, 1.1)
-"""Time budgets, in multiples of static INT8's, for mixes of 8-bit and 16-bit formats."""
-
-BITS = (4.5, 5.0)
-"""Budgets of bits a weight."""
+GROUPS = {"num_bits": 4, "block_sizes": {-1: 32, "type": "static"}}
+CANDIDATES = (
+    *DEFAULT_CANDIDATES,
+    Candidate("w4 groups a8 token", GROUPS, {"num_bits": 8, **PER_TOKEN}, {"gptq": True}),
+    Candidate("w4 groups a16", GROUPS, None, {"gptq": True}),
+)
+"""The usual ones, and INT4 in groups of 32 channels: 4.5 bits a weight everywhere, the rival of a mix of that size."""
 
 
 @dataclass
@@ -57,16 +66,18 @@ class Row:
         ]
 
 
-def mixes(scores: CandidateScores) -> dict[str, Allocation]:
+def mixes(scores: CandidateScores, times: Sequence[float], bits: Sequence[float]) -> dict[str, Allocation]:
     """The uniform formats, then the mixes."""
     wanted = {f"{c.name} everywhere": scores.uniform(c.name) for c in scores.candidates if not c.is_full_precision}
     names = [candidate.name for candidate in scores.candidates]
     wide = [name for name in names if not name.startswith("w4")]
     eight = [c.name for c in scores.candidates if c.activation_bits == 8]
-    for budget in TIMES:
+    for budget in times:
         wanted[f"mix, time x {budget:g}"] = scores.allocate(time=budget, only=wide)
-        wanted[f"mix, time x {budget:g}, q k v alike"] = scores.allocate(time=budget, only=wide, tie_shared_inputs=True)
-    for budget in BITS:
+        wanted[f"mix, time x {budget:g}, shared inputs alike"] = scores.allocate(
+            time=budget, only=wide, tie_shared_inputs=True
+        )
+    for budget in bits:
         wanted[f"mix, {budget:g} bits"] = scores.allocate(bits=budget)
         wanted[f"mix, {budget:g} bits, 8-bit activations"] = scores.allocate(bits=budget, only=eight)
     return wanted
@@ -94,6 +105,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batches", type=int, default=4, help="how many of their steps are measured")
     parser.add_argument("--unseen-prompts", type=int, default=16, help="trajectories that the table is measured on")
     parser.add_argument("--unseen-steps", type=int, default=8, help="how many of their steps are measured")
+    parser.add_argument("--times", type=float, nargs="*", default=[1.05], help="time budgets, x static INT8's")
+    parser.add_argument("--bits", type=float, nargs="*", default=[4.5], help="budgets of bits a weight")
+    parser.add_argument(
+        "--algorithm", type=json.loads, default={}, help='fields of the algorithm as JSON; {"alpha": 0.5} is fast'
+    )
     parser.add_argument("--layers", type=int, default=15, help="lines of the sensitivity table to print")
     parser.add_argument("--quick", action="store_true", help="little data, one candidate measured, others scaled")
     options = parser.parse_args(arguments)
@@ -137,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     scores = score_candidates(
         denoiser,
         calibration.forward_loop,
+        candidates=CANDIDATES,
+        algorithm=options.algorithm,
         score_loop=choice.forward_loop,
         scores="local" if options.quick else "measured",
         batches=options.batches,
@@ -144,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     print(f"\nmeasured {len(scores.candidates)} candidates ({time.perf_counter() - start:.0f} s)", flush=True)
     reference = scores.candidates[0].name
     rows: list[Row] = []
-    for name, mix in mixes(scores).items():
+    for name, mix in mixes(scores, options.times, options.bits).items():
         if name.startswith("mix"):
             print(f"\n{name}\n{mix}", flush=True)
         mixed = mix.config()

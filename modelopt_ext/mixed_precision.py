@@ -38,6 +38,7 @@ from typing import Any, Literal
 from modelopt.torch.opt.searcher import LPS
 from torch import nn
 
+from .config import LAYER_FIELDS
 from .mode import plan_of
 from .nn import SegLinear
 from .nn.layout import SPLIT_BY_SIGN
@@ -78,13 +79,24 @@ class Candidate:
         weight: ModelOpt quantizer attributes of the weight, e.g. ``{"num_bits": 4, "axis": 0}``; None keeps 16 bits.
         activation: the same for the input.
         algorithm: fields of :class:`~modelopt_ext.SegQuantCalibConfig` for the layers that get it, e.g.
-            ``{"polarity": "none"}``; and ``second_product``, whether ``polarity="auto"`` may split by sign there.
+            ``{"gptq": True}``: any that its ``layers`` takes.
+
+    Raises:
+        ValueError: a field that can't be set by layer.
     """
 
     name: str
     weight: Mapping[str, Any] | None = None
     activation: Mapping[str, Any] | None = None
     algorithm: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.algorithm) - LAYER_FIELDS)
+        if unknown:
+            raise ValueError(
+                f"candidate {self.name!r}: {unknown[0]!r} can't be set by layer; those that can are "
+                f"{', '.join(sorted(LAYER_FIELDS))}. What holds for all candidates goes into algorithm={{...}}"
+            )
 
     @property
     def is_full_precision(self) -> bool:
@@ -138,7 +150,7 @@ def _bits(attributes: Mapping[str, Any] | None) -> float:
 
 _W8, _W4, _A8 = {"num_bits": 8, "axis": 0}, {"num_bits": 4, "axis": 0}, {"num_bits": 8, "axis": None}
 _A8_TOKEN = {"num_bits": 8, **PER_TOKEN}
-_SPLIT = {"second_product": True}
+_SPLIT, _GPTQ = {"second_product": True}, {"gptq": True}
 
 DEFAULT_CANDIDATES = (
     Candidate("w8a8", _W8, _A8),
@@ -146,14 +158,14 @@ DEFAULT_CANDIDATES = (
     Candidate("w8a8 token", _W8, _A8_TOKEN),
     Candidate("w8a8 token split", _W8, _A8_TOKEN, _SPLIT),
     Candidate("w8a16", _W8),
-    Candidate("w4a8 token", _W4, _A8_TOKEN),
-    Candidate("w4a8 token split", _W4, _A8_TOKEN, _SPLIT),
-    Candidate("w4a16", _W4),
+    Candidate("w4a8 token", _W4, _A8_TOKEN, _GPTQ),
+    Candidate("w4a8 token split", _W4, _A8_TOKEN, {**_GPTQ, **_SPLIT}),
+    Candidate("w4a16", _W4, None, _GPTQ),
     Candidate("w16a16"),
 )
-"""INT8 and INT4 weights per channel; activations INT8 with a static scale or one a token, or 16 bits; "split" may take
-a second product to split activations by sign, polar or not. A shift costs nothing, so no candidate is without: the
-calibration takes it wherever it lowers the error."""
+"""INT8 weights and INT4 ones by GPTQ, per channel; activations INT8 with a static scale or one a token, or 16 bits;
+"split" may take a second product to split activations by sign, polar or not. A shift costs nothing, so no candidate is
+without: the calibration takes it wherever it lowers the error."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,7 @@ class CostModel:
 
     for R rows, K and N features, ``width`` the wider of both operands, ``split`` the share of K whose product is done
     once for each sign. Few rows make a Linear bound by reading its weight; a second product is free then. A low-rank
-    branch of rank r adds R r (K + N).
+    branch adds a 16-bit multiply-add for each row and element of its factors.
 
     Attributes:
         compute: cost of a multiply-add by operand width in bits. The default has 8 bits at half of 16, as on the tensor
@@ -184,7 +196,13 @@ class CostModel:
             raise ValueError(f"compute needs a cost for 16 bits, got widths {sorted(self.compute)}")
 
     def time(
-        self, rows: float, in_features: int, out_features: int, candidate: Candidate, split: float = 0.0, rank: int = 0
+        self,
+        rows: float,
+        in_features: int,
+        out_features: int,
+        candidate: Candidate,
+        split: float = 0.0,
+        branch: int = 0,
     ) -> float:
         """Evaluate the formula above.
 
@@ -193,14 +211,14 @@ class CostModel:
             in_features, out_features: K and N.
             candidate: the format.
             split: share of K that is multiplied twice, 0 to 1.
-            rank: of the low-rank branch.
+            branch: elements of the low-rank branch's factors.
         """
         needed = max(_width(candidate.weight), candidate.activation_bits)
         width = min(width for width in self.compute if width >= needed)
         product = rows * in_features * out_features * self.compute[width] * (1 + split)
         read = in_features * out_features * self.weight_read * candidate.weight_bits / FULL_PRECISION_BITS
-        branch = rows * rank * (in_features + out_features) * self.compute[16]
-        return max(product, read) + branch + (self.per_token * rows * in_features if candidate.is_dynamic else 0.0)
+        scales = self.per_token * rows * in_features if candidate.is_dynamic else 0.0
+        return max(product, read) + scales + rows * branch * self.compute[16]
 
 
 @dataclass(frozen=True)
@@ -214,7 +232,7 @@ class LayerScores:
         calls: of the layer per call of the model.
         noise: by candidate, of the model's output relative to its signal.
         split: by candidate, the share of K that calibration chose to split by sign.
-        rank: by candidate, of the low-rank branch.
+        branch: by candidate, the elements of the low-rank branch's factors, which stay in 16 bits.
     """
 
     name: str
@@ -224,7 +242,7 @@ class LayerScores:
     calls: float
     noise: Mapping[str, float]
     split: Mapping[str, float] = field(default_factory=dict)
-    rank: Mapping[str, int] = field(default_factory=dict)
+    branch: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -233,13 +251,12 @@ class LayerScores:
 
     def bits(self, candidate: Candidate) -> float:
         """Of the whole weight, low-rank branch included."""
-        branch = self.rank.get(candidate.name, 0) * (self.in_features + self.out_features)
-        return self.weights * candidate.weight_bits + branch * FULL_PRECISION_BITS
+        return self.weights * candidate.weight_bits + self.branch.get(candidate.name, 0) * FULL_PRECISION_BITS
 
     def time(self, candidate: Candidate, costs: CostModel) -> float:
         """Per call of the model."""
-        split, rank = self.split.get(candidate.name, 0.0), self.rank.get(candidate.name, 0)
-        return self.calls * costs.time(self.rows, self.in_features, self.out_features, candidate, split, rank)
+        split, branch = self.split.get(candidate.name, 0.0), self.branch.get(candidate.name, 0)
+        return self.calls * costs.time(self.rows, self.in_features, self.out_features, candidate, split, branch)
 
 
 @dataclass(frozen=True)
@@ -486,7 +503,7 @@ def score_candidates(
         model: the full-precision model.
         forward_loop: calls it with the calibration data.
         candidates: what to try.
-        algorithm: fields of :class:`~modelopt_ext.SegQuantCalibConfig` for all candidates.
+        algorithm: fields of :class:`~modelopt_ext.SegQuantCalibConfig` for all candidates; ``exclude`` among them too.
         exclude: shell-style patterns of Linears to leave in full precision.
         scores: ``"measured"`` runs the model once for every layer, candidate and batch. ``"local"`` does so for the
             coarsest candidate only, and takes the ratio of two candidates' noise at the layer's own output for their
@@ -509,11 +526,15 @@ def score_candidates(
     if scores not in ("measured", "local"):
         raise ValueError(f"scores is 'measured' or 'local', got {scores!r}")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    algorithm = dict(algorithm or {})
+    exclude = [*exclude, *algorithm.pop("exclude", ())]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise ValueError(
                 f"exclude pattern {pattern!r} matches no Linear; names are like {', '.join([*linears][:3])}"
             )
+    if algorithm.get("embedders", "as_configured") != "as_configured":
+        raise ValueError("embedders are layers like any other here; leave embedders='as_configured'")
     excluded = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in exclude)]
 
     quantizing = [candidate for candidate in candidates if not candidate.is_full_precision]
@@ -524,7 +545,7 @@ def score_candidates(
     found: dict[str, tuple[dict[str, float], dict[str, int]]] = {}
     shared: tuple[tuple[str, ...], ...] = ()
     for candidate in quantizing:
-        config = _uniform_config(candidate, algorithm or {}, excluded)
+        config = _uniform_config(candidate, algorithm, excluded)
         try:
             quantized = quantized_copy(model, config, forward_loop)
             tables[candidate.name] = measure(
@@ -562,11 +583,11 @@ def score_candidates(
                 calls=row.calls,
                 noise=noise,
                 split={candidate: splits[name] for candidate, (splits, _) in found.items() if name in splits},
-                rank={candidate: ranks[name] for candidate, (_, ranks) in found.items() if name in ranks},
+                branch={candidate: factors[name] for candidate, (_, factors) in found.items() if name in factors},
             )
         )
     kept = {name: module.weight.numel() for name, module in linears.items() if name not in reached}
-    return CandidateScores(tuple(candidates), tuple(layers), dict(algorithm or {}), shared, kept)
+    return CandidateScores(tuple(candidates), tuple(layers), algorithm, shared, kept)
 
 
 def allocate(
@@ -602,32 +623,28 @@ def allocate(
 
 
 def _uniform_config(candidate: Candidate, algorithm: Mapping[str, Any], excluded: Sequence[str]) -> dict[str, Any]:
-    fields = dict(candidate.algorithm)
-    if fields.pop("second_product", False):
-        fields["second_product_budget"] = 1.0  # everything may be multiplied twice
     return {
         "quant_cfg": [
             {"quantizer_name": "*", "enable": False},
             *candidate.entries(),
             *({"quantizer_name": f"{glob.escape(name)}.*", "enable": False} for name in excluded),
         ],
-        "algorithm": {"method": "segquant", "progress": False, **_ALONE, **algorithm, **fields},
+        "algorithm": {"method": "segquant", "progress": False, **_ALONE, **algorithm, **candidate.algorithm},
     }
 
 
 def _extras(quantized: nn.Module) -> tuple[dict[str, float], dict[str, int]]:
-    """By layer: the share of its input channels that are split by sign, and the rank of its low-rank branch."""
-    splits, ranks = {}, {}
+    """By layer: the share of its input channels that are split by sign, and the elements of its low-rank factors."""
+    splits, factors = {}, {}
     for name, module in quantized_layers(quantized).items():
         if not isinstance(module, SegLinear):
             continue
-        layout = module.layout
+        layout, bank = module.layout, module.weight_quantizer
         sizes = zip(layout.in_segments, layout.polarity, strict=True)
         splits[name] = sum(size for size, polarity in sizes if polarity in SPLIT_BY_SIGN) / layout.in_features
-        up = getattr(module.weight_quantizer, "up", None)
-        if up is not None:
-            ranks[name] = up.shape[1]
-    return splits, ranks
+        if bank.down is not None and bank.up is not None:
+            factors[name] = bank.down.numel() + bank.up.numel()
+    return splits, factors
 
 
 def _noise(row: LayerSensitivity, reference: LayerSensitivity) -> float:

@@ -11,14 +11,15 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import mixed_precision as example
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from test_sensitivity import CALIBRATION, SCORE, Block, assert_unchanged, inputs, noise_of, snapshot
+from tiny_pipelines import tiny_sd3_pipeline
 from torch import Tensor, nn
 
-from modelopt_ext import SegQuantCalibConfig
 from modelopt_ext.mixed_precision import (
     DEFAULT_CANDIDATES,
     Allocation,
@@ -35,10 +36,6 @@ W8, W4, A8 = {"num_bits": 8, "axis": 0}, {"num_bits": 4, "axis": 0}, {"num_bits"
 TOKEN = {"num_bits": 8, **PER_TOKEN}
 FEW = (Candidate("static", W8, A8), Candidate("token", W8, TOKEN), Candidate("w4", W4, TOKEN), Candidate("full"))
 QUICK: dict[str, Any] = {"alpha": None, "progress": False}
-
-needs_layers = pytest.mark.skipif(
-    "layers" not in SegQuantCalibConfig.model_fields, reason="the algorithm has no settings by layer"
-)
 
 
 def made_up(seed: int, layers: int = 4, candidates: int = 3) -> CandidateScores:
@@ -57,7 +54,7 @@ def made_up(seed: int, layers: int = 4, candidates: int = 3) -> CandidateScores:
                 calls=draw.choice([1, 2]),
                 noise={c.name: gain * 2 ** draw.uniform(-8, 8) for c in formats},
                 split={"b": draw.choice([0.0, 0.5, 1.0])},
-                rank={"c": draw.choice([0, 4])},
+                branch={"c": draw.choice([0, 300])},
             )
         )
     return CandidateScores(tuple(formats), tuple(rows), kept={"excluded": draw.choice([0, 300])})
@@ -165,7 +162,7 @@ def test_cost_model_by_hand():
     assert costs.time(1000, 64, 32, static, split=0.25) == 1000 * 64 * 32 / 2 * 1.25
     assert costs.time(1000, 64, 32, token) == 1000 * 64 * 32 / 2 + 16 * 1000 * 64
     assert costs.time(1000, 64, 32, w4) == 1000 * 64 * 32  # 16-bit activations: 16-bit products
-    assert costs.time(1000, 64, 32, wide, rank=8) == 1000 * (64 * 32 + 8 * (64 + 32))
+    assert costs.time(1000, 64, 32, wide, branch=8 * (64 + 32)) == 1000 * (64 * 32 + 8 * (64 + 32))
     # One row: bound by reading the weight, and a second product is free.
     assert costs.time(1, 64, 32, wide) == 160 * 64 * 32
     assert costs.time(1, 64, 32, static) == costs.time(1, 64, 32, static, split=1.0) == 80 * 64 * 32
@@ -186,8 +183,8 @@ def test_bits_of_formats():
     assert (token.activation_bits, token.is_dynamic) == (8, True)
     assert not Candidate("", W8, A8).is_dynamic
     assert Candidate("").is_full_precision
-    layer = LayerScores("l", 32, 16, 1, 1, {}, rank={"r": 4})
-    assert layer.bits(Candidate("r", W4)) == 32 * 16 * 4 + 4 * (32 + 16) * 16
+    layer = LayerScores("l", 32, 16, 1, 1, {}, branch={"r": 192})
+    assert layer.bits(Candidate("r", W4)) == 32 * 16 * 4 + 192 * 16
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +246,6 @@ def test_a_mix_treats_each_layer_as_its_candidate_did(scores: CandidateScores):
     assert mix.predicted_sqnr == pytest.approx(measured, abs=1.0)
 
 
-@needs_layers
 def test_split_and_polarity_by_layer():
     candidates = (
         Candidate("none", W8, A8, {"polarity": "none"}),
@@ -268,6 +264,25 @@ def test_split_and_polarity_by_layer():
     for name in ("first", "twice", "spiky"):
         layout = getattr(quantized.get_submodule(name), "layout", None)
         assert layout is None or set(layout.polarity) == {"none"}
+    measured = -10 * math.log10(noise_of(model, quantized))
+    assert mix.predicted_sqnr == pytest.approx(measured, abs=1.0)
+
+
+def test_settings_of_four_bits_by_layer():
+    """GPTQ and a low-rank branch for one layer only; its factors count as weight bits."""
+    fitted = Candidate("fitted", W4, TOKEN, {"gptq": True, "low_rank": {"rank": 4}})
+    model = Block()
+    scores = score_candidates(
+        model, CALIBRATION, candidates=(FEW[2], fitted), algorithm=QUICK, score_loop=SCORE, exclude=["unused"]
+    )
+    first = next(layer for layer in scores.layers if layer.name == "first")
+    assert first.branch == {"fitted": 4 * (16 + 64)}
+    assert first.noise["fitted"] < first.noise["w4"]
+    mix = Allocation(scores, {"first": "fitted", "second": "w4", "twice": "w4", "spiky": "w4"})
+    assert mix.bits == pytest.approx((4 * 1920 + 16 * 4 * (16 + 64) + 16 * 16) / 1936)
+    quantized = mtq.quantize(copy.deepcopy(model), mix.config(), CALIBRATION)
+    assert quantized.first.weight_quantizer.up.shape == (64, 4)
+    assert getattr(quantized.second.weight_quantizer, "up", None) is None
     measured = -10 * math.log10(noise_of(model, quantized))
     assert mix.predicted_sqnr == pytest.approx(measured, abs=1.0)
 
@@ -293,7 +308,12 @@ def test_allocate_is_both_steps_and_deterministic(scores: CandidateScores):
 
 def test_excluded_layers(scores: CandidateScores, tmp_path: Any):
     measured = score_candidates(
-        Block(), CALIBRATION, candidates=FEW[:3], algorithm=QUICK, score_loop=SCORE, exclude=["sp*", "first"]
+        Block(),
+        CALIBRATION,
+        candidates=FEW[:3],
+        algorithm={**QUICK, "exclude": ["first"]},
+        score_loop=SCORE,
+        exclude=["sp*"],
     )
     assert measured.kept == {"first": 1024, "spiky": 128, "unused": 16}
     mix = measured.allocate(bits=11.9)
@@ -347,6 +367,10 @@ def test_refusals_leave_the_model_alone(caplog: pytest.LogCaptureFixture):
         allocate(model, CALIBRATION, bits=5, candidates=[FEW[3]])
     with pytest.raises(ValueError, match=r"'\*attention\*' matches no Linear; names are like first, second, twice"):
         allocate(model, CALIBRATION, bits=5, exclude=["*attention*"])
+    with pytest.raises(ValueError, match="leave embedders='as_configured'"):
+        allocate(model, CALIBRATION, bits=5, algorithm={"embedders": "per_token"})
+    with pytest.raises(ValueError, match="candidate 'x': 'samples' can't be set by layer"):
+        Candidate("x", W8, None, {"samples": 8})
     with pytest.raises(ValueError, match="scores is 'measured' or 'local', got 'guess'"):
         allocate(model, CALIBRATION, bits=5, scores="guess")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="candidate 'static': forward_loop raised RuntimeError: disk full"):
@@ -364,3 +388,25 @@ def test_default_candidates():
     assert len({candidate.name for candidate in DEFAULT_CANDIDATES}) == len(DEFAULT_CANDIDATES)
     bits = {(c.weight_bits, c.activation_bits, c.is_dynamic) for c in DEFAULT_CANDIDATES}
     assert bits == {(8, 8, False), (8, 8, True), (8, 16, False), (4, 8, True), (4, 16, False), (16, 16, False)}
+
+
+@pytest.mark.slow
+def test_example(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    few = [c for c in example.CANDIDATES if c.name in ("w8a8", "w8a16", "w16a16")]
+    monkeypatch.setattr(example, "CANDIDATES", few)
+    monkeypatch.setattr(example.StableDiffusion3Pipeline, "from_pretrained", lambda path: tiny_sd3_pipeline())
+    path = tmp_path / "results.json"
+    rows = {row.name: row for row in example.main(["--quick", "--json", str(path), "--times", "--bits", "12"])}
+    assert list(rows) == ["w8a8 everywhere", "w8a16 everywhere", "mix, 12 bits", "mix, 12 bits, 8-bit activations"]
+    mix, narrow = rows["mix, 12 bits"], rows["mix, 12 bits, 8-bit activations"]
+    assert mix.mix.bits <= 12 + 1e-9
+    assert mix.measured > rows["w8a16 everywhere"].measured + 1
+    assert set(narrow.mix.choices.values()) == {"w8a8"}
+    assert narrow.measured == rows["w8a8 everywhere"].measured
+    for row in rows.values():
+        assert row.mix.predicted_sqnr == pytest.approx(row.measured, abs=3)
+    printed = capsys.readouterr().out
+    assert f"| mix, 12 bits | {mix.mix.bits:.2f} |" in printed
+    saved = json.loads(path.read_text())
+    assert saved["rows"]["w8a16 everywhere"]["measured_sqnr_db"] == rows["w8a16 everywhere"].measured
+    assert len(saved["sensitivity"]["layers"]) > 10
