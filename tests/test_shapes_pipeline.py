@@ -16,12 +16,13 @@ import shapes
 import shapes_models
 import torch
 import train_shapes_pipeline
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from training import Schedule, train
 from transformers import T5EncoderModel
 
 PIPELINE = Path(__file__).parents[1] / "examples" / "pipelines" / "shapes-sd3"
 SDXL = PIPELINE.with_name("shapes-sdxl")
+FLUX = PIPELINE.with_name("shapes-flux")
 MEGABYTE = 1_000_000
 
 
@@ -264,6 +265,26 @@ def test_the_sdxl_pipeline_is_small_loads_and_follows_its_prompts() -> None:
     result = score_shapes.score(prompts, pictures)
     # Nine of ten do on average; eighteen of 24 is beyond bad luck.
     assert result.followed >= 18, str(result)
+    assert result.rates()["background"] == 1.0
+    assert score_shapes.score(prompts, pictures.roll(1, 0)).followed <= 1
+
+
+def test_the_flux_pipeline_is_small_loads_and_follows_its_prompts() -> None:
+    assert sum(f.stat().st_size for f in FLUX.rglob("*") if f.is_file()) < 16 * MEGABYTE
+    pipe = FluxPipeline.from_pretrained(FLUX)
+    pipe.set_progress_bar_config(disable=True)
+    parts = pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2
+    assert {p.dtype for p in parts} == {torch.float32}
+    part = "vae/diffusion_pytorch_model.safetensors"
+    assert filecmp.cmp(FLUX / part, PIPELINE / part, shallow=False), f"{part} is not that of {PIPELINE.name}"
+    # Who is where: what its T5 has to know the order of words for.
+    prompts = ["a large red circle left of a small blue square on green", *score_shapes.unseen_prompts(15)]
+    prompts[1] = "a small blue square left of a large red circle on green"
+    pictures = score_shapes.generate(pipe, prompts, steps=14, guidance=4.0)
+    result = score_shapes.score(prompts, pictures)
+    # Nine of ten do on average; eleven of 16 is beyond bad luck.
+    assert result.followed >= 12, str(result)
+    assert not {0, 1} & set(result.failures), str(result)
     assert result.rates()["background"] == 1.0
     assert score_shapes.score(prompts, pictures.roll(1, 0)).followed <= 1
 
