@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from modelopt.torch.opt.config import ModeloptField
+from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
 from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
 from pydantic import Field, field_validator, model_validator
 
 from .plan import SegmentPlan
+
+LAYER_FIELDS = frozenset(
+    "polarity shift_granularity second_product alpha alpha_grid activation_ranges clip_grid weight_clip_grid rotate "
+    "low_rank gptq correct_activations bias_correction".split()
+)
+"""What ``layers`` can set for some Linears."""
+
+
+class LowRankConfig(ModeloptBaseConfig):
+    """The 16-bit branch beside the quantized weight (SVDQuant, arXiv 2411.05007), one for each block."""
+
+    rank: int | Literal["auto"] = ModeloptField(
+        default=32,
+        title="Rank of every block's branch.",
+        description="'auto' starts at 8 and doubles it while the output error falls by a tenth, up to `max_rank`.",
+    )
+    max_rank: int = ModeloptField(default=64, ge=1, title="Largest rank that rank='auto' tries.")
+    max_share: float = ModeloptField(
+        default=1.0, gt=0.0, le=1.0, title="Bound on the rank as a share of the block's smaller side."
+    )
+    over: Literal["cap", "refuse"] = ModeloptField(
+        default="cap",
+        title="A rank above a block's size.",
+        description="'cap' takes the largest possible one, 'refuse' raises a ValueError that names the layer.",
+    )
+    refits: int = ModeloptField(
+        default=1,
+        ge=0,
+        title="Times the branch is fitted to the error that the codes left.",
+        description="Weighted by the activations (QERA, arXiv 2410.06040); the codes are then chosen again.",
+    )
+
+    @field_validator("rank")
+    @classmethod
+    def _positive_rank(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"rank is at least 1 or 'auto', got {value}; low_rank=None leaves the branch out")
+        return value
+
+
+class GPTQConfig(ModeloptBaseConfig):
+    """GPTQ (arXiv 2210.17323) on the activations as quantized."""
+
+    damping: float = ModeloptField(
+        default=0.01, ge=0.0, le=1.0, title="Share of the mean diagonal added to the Hessian's diagonal."
+    )
+    block_size: int = ModeloptField(default=128, ge=1, title="Columns between two updates of all later columns.")
+    activation_order: bool = ModeloptField(
+        default=True, title="Round the columns with the largest Hessian diagonal first."
+    )
 
 
 class SegQuantCalibConfig(QuantizeAlgorithmConfig):
@@ -60,6 +112,15 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
         title="Migration strengths that alpha='search' tries.",
         description="At least one number, each in [0, 1].",
     )
+    activation_ranges: tuple[str, ...] = ModeloptField(
+        default=("max",),
+        title="Kinds of activation ranges to try.",
+        description=(
+            "Ranges set smoothing, shift and static scales: 'max'; 'mean' of the maxima of each call, that is of each "
+            "timestep; 'p99.9' and the like, percentiles over the sampled rows. Of several the one with the lowest "
+            "output error on held-out data is taken."
+        ),
+    )
     clip_grid: tuple[float, ...] = ModeloptField(
         default=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
         title="Clipping ratios of static activation scales to try.",
@@ -87,11 +148,59 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
             "Linears first: AdaLN, embedders and the last projection, where splitting helps most and costs least."
         ),
     )
-    samples: int = ModeloptField(
-        default=512,
+    rotate: bool | Literal["search"] = ModeloptField(
+        default=False,
+        title="Hadamard rotation of every block.",
+        description=(
+            "Mixes runs of channels before rounding, so that outliers spread; for 4-bit activations. Needs dynamic "
+            "activation scales. 'search' rotates where that lowers the output error. A quantizer's own `rotate` "
+            "attribute, ModelOpt's, asks for the same."
+        ),
+    )
+    low_rank: LowRankConfig | None = ModeloptField(
+        default=None, title="Settings of the low-rank branch; None for no branch."
+    )
+    gptq: GPTQConfig | bool | None = ModeloptField(
+        default=None,
+        title="Settings of GPTQ; True takes its defaults, None rounds weights to nearest.",
+        description="Replaces the stored weights by ones that round to the chosen codes.",
+    )
+    correct_activations: bool = ModeloptField(
+        default=False,
+        title="Let the weights make up for the rounding of the activations.",
+        description="Ridge regression of the exact output on the rounded input. Replaces the stored weights, as GPTQ.",
+    )
+    weight_clip_grid: tuple[float, ...] = ModeloptField(
+        default=(1.0,),
+        title="Clipping ratios of weight scales to try.",
+        description="Shares of each weight scale's range, each in (0, 1], tried by squared error at the output.",
+    )
+    bias_correction: bool = ModeloptField(
+        default=False, title="Add minus the mean output error of every Linear to its bias."
+    )
+    second_product: bool | None = ModeloptField(
+        default=None,
+        title="Whether polarity='auto' may split by sign.",
+        description="None lets `second_product_budget` decide; for use in `layers`.",
+    )
+    exclude: list[str] = Field(
+        default_factory=list,
+        title="Linears to leave in full precision, by module name or pattern.",
+        description="E.g. ['proj_out', '*.ff.net.2'].",
+    )
+    layers: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        title="Other settings for some Linears, by module name or pattern; later entries win.",
+        description="E.g. {'*.ff.net.2': {'polarity': 'dual8', 'gptq': True}}; see LAYER_FIELDS for what can be set.",
+    )
+    samples: int | None = ModeloptField(
+        default=None,
         ge=1,
         title="Input rows kept of each Linear.",
-        description="A uniform sample of all calibration rows, on the CPU in 16 bits, on which blocks are chosen.",
+        description=(
+            "A uniform sample of all calibration rows, on the CPU in 16 bits, on which blocks are chosen. None takes "
+            "512, or 4096 where weights are fitted to them (gptq, low_rank, correct_activations, bias_correction)."
+        ),
     )
     seed: int = ModeloptField(default=0, ge=0, title="Seed of the row samples.")
     plan: dict[str, Any] | None = ModeloptField(
@@ -120,11 +229,22 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
             raise ValueError(f"alpha_grid needs at least one number, each in [0, 1], got {value}")
         return value
 
-    @field_validator("clip_grid")
+    @field_validator("activation_ranges")
+    @classmethod
+    def _known_ranges(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for kind in value:
+            percentile = re.fullmatch(r"p(\d+(?:\.\d+)?)", kind)
+            if kind not in ("max", "mean") and not (percentile and 50 < float(percentile[1]) <= 100):
+                raise ValueError(f"activation_ranges holds 'max', 'mean' or percentiles like 'p99.9', not {kind!r}")
+        if not value:
+            raise ValueError("activation_ranges needs at least one kind, e.g. ('max',)")
+        return value
+
+    @field_validator("clip_grid", "weight_clip_grid")
     @classmethod
     def _clips_in_range(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not value or any(not 0 < clip <= 1 for clip in value):
-            raise ValueError(f"clip_grid needs at least one number, each in (0, 1], got {value}")
+            raise ValueError(f"a clip grid needs at least one number, each in (0, 1], got {value}")
         return value
 
     @field_validator("plan", mode="before")
@@ -145,7 +265,46 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _valid_layers(self) -> SegQuantCalibConfig:
+        for pattern, changes in self.layers.items():
+            unknown = set(changes) - LAYER_FIELDS
+            if unknown:
+                raise ValueError(
+                    f"layers[{pattern!r}] sets {sorted(unknown)}, but only {sorted(LAYER_FIELDS)} can differ by layer"
+                )
+            self._changed(changes)
+        return self
+
+    def _changed(self, changes: Mapping[str, Any]) -> SegQuantCalibConfig:
+        return SegQuantCalibConfig.model_validate({**self.model_dump(), "layers": {}, **changes})
+
+    def for_layer(self, name: str) -> SegQuantCalibConfig:
+        """The settings of one Linear: this config with every matching entry of ``layers`` applied in order."""
+        changes: dict[str, Any] = {}
+        for pattern, fields in self.layers.items():
+            if fnmatchcase(name, pattern):
+                changes |= fields
+        return self._changed(changes) if changes else self
+
+    @property
+    def fits_weights(self) -> bool:
+        """Whether weights are fitted to the sampled rows, for any Linear."""
+        return any(
+            config.gptq
+            or config.low_rank is not None
+            or config.correct_activations
+            or config.bias_correction
+            or config.weight_clip_grid != (1.0,)
+            for config in (self, *(self._changed(fields) for fields in self.layers.values()))
+        )
+
     @property
     def needs_statistics(self) -> bool:
         """Whether these settings need calibration data even if all activations are dynamic."""
-        return self.alpha is not None or self.polarity == "shift"
+        return self.alpha is not None or self.polarity == "shift" or self.fits_weights
+
+    @property
+    def rows_to_keep(self) -> int:
+        """``samples``, or its default."""
+        return self.samples or (4096 if self.fits_weights else 512)

@@ -5,10 +5,11 @@ Nothing of the model changes before every layer has its solution, so an error on
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +18,16 @@ from modelopt.torch.quantization.utils import enable_weight_access_and_writeback
 from torch import nn
 from tqdm import tqdm
 
-from ..config import SegQuantCalibConfig
+from ..config import GPTQConfig, SegQuantCalibConfig
 from ..dataflow import RecordFirstForward
 from ..formats import QuantFormat
 from ..nn import QuantizerBank, SegLinear, to_seg_linear
 from ..plan import LinearPlan, SegmentPlan, fold_names
 from ..presets import PER_TOKEN
 from .generated_inputs import generated_forward_loop
+from .gptq import GPTQOptions
 from .polarity import affordable_second_products
+from .refine import LowRankOptions, RefineOptions
 from .search import LinearSolution, SearchOptions, solve_linear
 from .statistics import LinearStatistics, collect
 
@@ -41,6 +44,11 @@ class _Layer:
     module: Any  # an nn.Linear with ModelOpt's quantizers, which nn.Module's annotations can't express
     input_format: QuantFormat | None
     weight_format: QuantFormat | None
+
+    def wants_rotation(self, config: SegQuantCalibConfig) -> bool | str:
+        """The config's word, or ModelOpt's own attribute on either quantizer."""
+        asked = any(q.rotate_is_enabled for q in (self.module.input_quantizer, self.module.weight_quantizer))
+        return True if asked else config.rotate
 
     @property
     def is_static(self) -> bool:
@@ -73,19 +81,14 @@ def calibrate_model(
         ValueError: nothing to calibrate, data that is missing, broken or not finite, or a plan that does not fit; the
             model is then unchanged.
     """
-    layers = _quantized_linears(model)
-    _check_polarity(layers, config)
+    layers = _without_excluded(_quantized_linears(model), config)
+    for layer in layers.values():
+        _check_layer(layer, config.for_layer(layer.name))
     synthetic = forward_loop is None
     plan, statistics = _observe(model, layers, config, forward_loop, previous_plan)
     layers = _with_embedder_policy(model, layers, config, list(statistics))
     layers = _without_uncalled(layers, statistics)
 
-    options = SearchOptions(
-        polarity=config.polarity,
-        shift_per_channel=config.shift_granularity == "channel",
-        alphas=_alphas(config),
-        clips=config.clip_grid,
-    )
     affordable = affordable_second_products(
         {
             name: seen.rows_seen * layers[name].module.in_features * layers[name].module.out_features
@@ -101,16 +104,23 @@ def calibrate_model(
                 continue
             with enable_weight_access_and_writeback(layer.module, model, modules, writeback=False):
                 weight = _plain_weight(layer)
-                seen = statistics.get(layer.name) or _unseen(weight)
-                solutions[layer.name] = solve_linear(
-                    weight.to(_working_device(layer.module, weight)),
-                    plan.linears.get(layer.name) or LinearPlan.trivial(weight.shape[1], weight.shape[0]),
-                    seen,
-                    layer.input_format,
-                    layer.weight_format,
-                    replace(options, storage=weight.dtype, second_product=layer.name in affordable),
-                    has_statistics=not synthetic and layer.name in statistics,
-                )
+                linear_plan = plan.linears.get(layer.name) or LinearPlan.trivial(weight.shape[1], weight.shape[0])
+                options = _search_options(layer, linear_plan, config, weight.dtype, layer.name in affordable)
+                try:
+                    solution = solve_linear(
+                        weight.to(_working_device(layer.module, weight)),
+                        linear_plan,
+                        statistics.get(layer.name) or _unseen(weight),
+                        layer.input_format,
+                        layer.weight_format,
+                        options,
+                        has_statistics=not synthetic and layer.name in statistics,
+                    )
+                except ValueError as error:
+                    raise ValueError(f"{layer.name}: {error}") from error
+                if solution.weight is not None:  # the model changes only once all layers are solved
+                    solution.weight = solution.weight.to("cpu", weight.dtype)
+                solutions[layer.name] = solution
         _apply(model, modules, layers, solutions)
     logger.info("segquant: %s", plan.summary())
     worst = sorted((solution.sqnr, name) for name, solution in solutions.items() if not math.isnan(solution.sqnr))[:5]
@@ -154,15 +164,96 @@ def _quantized_linears(model: nn.Module) -> dict[str, _Layer]:
     return layers
 
 
-def _check_polarity(layers: Mapping[str, _Layer], config: SegQuantCalibConfig) -> None:
-    if config.polarity != "dual8":
-        return
-    for layer in layers.values():
-        if layer.input_format is not None and not layer.input_format.is_integer:
+def _without_excluded(layers: dict[str, _Layer], config: SegQuantCalibConfig) -> dict[str, _Layer]:
+    """Leave Linears in full precision that ``exclude`` names; check the patterns of ``layers`` on the way."""
+    for field, patterns in (("exclude", config.exclude), ("layers", list(config.layers))):
+        for pattern in patterns:
+            if not fnmatch.filter(layers, pattern):
+                raise ValueError(
+                    f"{field}: {pattern!r} matches no quantized Linear; names look like {', '.join(list(layers)[:3])}"
+                )
+    excluded = {name for pattern in config.exclude for name in fnmatch.filter(layers, pattern)}
+    return {
+        name: _Layer(name, layer.module, None, None) if name in excluded else layer for name, layer in layers.items()
+    }
+
+
+def _check_layer(layer: _Layer, config: SegQuantCalibConfig) -> None:
+    """Refuse settings that the layer's formats can't carry out, by name."""
+    activation, weight = layer.input_format, layer.weight_format
+    if config.polarity == "dual8" and activation is not None and not activation.is_integer:
+        raise ValueError(
+            f"polarity='dual8' needs integer activations, {layer.name} has floating-point ones, whose sign bit "
+            "can't be spared; use polarity='dual', 'shift' or 'auto'"
+        )
+    if layer.wants_rotation(config) and activation is not None and not activation.dynamic:
+        raise ValueError(
+            f"rotate needs dynamic activation scales, {layer.name} has static ones, which are calibrated channel by "
+            "channel; use block_sizes={-1: None, 'type': 'dynamic'} for its input_quantizer, or rotate=False"
+        )
+    for fmt, what in ((weight, "weights"), (activation, "activations")):
+        if fmt is not None and fmt.is_nvfp4 and layer.module.weight.device.type == "cpu":
             raise ValueError(
-                f"polarity='dual8' needs integer activations, {layer.name} has FP8, whose sign bit can't be spared; "
-                "use polarity='dual', 'shift' or 'auto'"
+                f"{layer.name} has NVFP4 {what}, which ModelOpt rounds on a GPU only: move the model there before "
+                "mtq.quantize, or use a 4-bit integer preset such as SEGQUANT_W4A4_CFG"
             )
+    if activation is not None and activation.group is not None and not activation.is_nvfp4:
+        raise ValueError(
+            f"{layer.name}.input_quantizer: groups of channels are for weights; give activations one scale a token, "
+            "block_sizes={-1: None, 'type': 'dynamic'}"
+        )
+    fits = config.gptq or config.correct_activations
+    if weight is not None and fits and (weight.is_nvfp4 or weight.dynamic):
+        raise ValueError(
+            f"gptq and correct_activations need weight scales that stay as they are, {layer.name} has "
+            f"{'NVFP4' if weight.is_nvfp4 else 'dynamic'} ones; leave them out (low_rank works), or use integer weights"
+        )
+
+
+def _check_groups(name: str, plan: LinearPlan, *formats: QuantFormat | None) -> None:
+    for fmt in formats:
+        if fmt is None or fmt.group is None:
+            continue
+        wrong = [size for size in plan.in_segments if size % fmt.group]
+        if wrong:
+            raise ValueError(
+                f"{name} has an input segment of {wrong[0]} channels, which groups of {fmt.group} do not divide; use a "
+                f"group size that does (a divisor of {math.gcd(*plan.in_segments)}), per-channel weights for this "
+                f"layer, or overrides={{{name!r}: None}} to leave it uncut"
+            )
+
+
+def _search_options(
+    layer: _Layer, plan: LinearPlan, config: SegQuantCalibConfig, storage: torch.dtype, affordable: bool
+) -> SearchOptions:
+    _check_groups(layer.name, plan, layer.input_format, layer.weight_format)
+    config = config.for_layer(layer.name)
+    branch = None
+    if config.low_rank is not None:
+        branch = LowRankOptions(
+            config.low_rank.rank, config.low_rank.max_rank, config.low_rank.max_share, config.low_rank.over
+        )
+        for size in plan.in_segments:
+            branch.check((min(plan.out_segments), size), layer.name)
+    gptq = GPTQConfig() if config.gptq is True else config.gptq or None
+    return SearchOptions(
+        polarity=config.polarity,
+        shift_per_channel=config.shift_granularity == "channel",
+        alphas=_alphas(config),
+        ranges=config.activation_ranges,
+        clips=config.clip_grid,
+        second_product=affordable if config.second_product is None else config.second_product,
+        rotate=layer.wants_rotation(config),
+        refine=RefineOptions(
+            low_rank=branch,
+            gptq=None if gptq is None else GPTQOptions(gptq.damping, gptq.block_size, gptq.activation_order),
+            correct_activations=config.correct_activations,
+            weight_clips=config.weight_clip_grid,
+            bias_correction=config.bias_correction,
+            rounds=0 if config.low_rank is None else config.low_rank.refits,
+        ),
+        storage=storage,
+    )
 
 
 def _alphas(config: SegQuantCalibConfig) -> tuple[float | None, ...]:
@@ -213,7 +304,7 @@ def _observe(
 
     if known is not None:
         known.check(model)
-    statistics = collect(model, modules, run, samples=1 if synthetic else config.samples, seed=config.seed)
+    statistics = collect(model, modules, run, samples=1 if synthetic else config.rows_to_keep, seed=config.seed)
     if not statistics:
         raise ValueError(
             "forward_loop never ran a quantized Linear of the model: it gets the model as its argument and has to call "
@@ -341,10 +432,14 @@ def _apply(
         if _stock_smoothing(module) is not None:
             with enable_weight_access_and_writeback(module, model, modules, writeback=True):
                 module._parameters["weight"].data.copy_(_plain_weight(layer))
+        solution = solutions[name]
+        if solution.weight is not None:
+            with enable_weight_access_and_writeback(module, model, modules, writeback=True):
+                module._parameters["weight"].data.copy_(solution.weight)
+            solution.weight = None
         _configure_input(module.input_quantizer, layer.input_format)
         for quantizer in (module.input_quantizer, module.weight_quantizer):
             quantizer._del_pytorch_state()
-        solution = solutions[name]
         if solution.is_stock and not isinstance(module, SegLinear):
             for quantizer, found in (
                 (module.input_quantizer, solution.input_amax),
@@ -352,6 +447,7 @@ def _apply(
             ):
                 for amax in found.values():
                     quantizer.amax = amax
+                quantizer.disable_rotate()  # asked for, but with an odd number of channels there is nothing to rotate
             continue
         fill(to_seg_linear(module, solution.layout), solution)
 
@@ -372,3 +468,6 @@ def fill(module: SegLinear, solution: LinearSolution) -> None:
         for name, amax in found.items():
             bank.block(name).amax = amax
     module.input_quantizer.set_buffer("_shift", solution.shift)
+    module.input_quantizer.set_buffer("_correction", solution.correction)
+    module.weight_quantizer.set_buffer("_down", solution.down)
+    module.weight_quantizer.set_buffer("_up", solution.up)

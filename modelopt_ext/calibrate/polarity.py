@@ -15,13 +15,14 @@ projection. Elsewhere it chooses between ``none`` and ``shift``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..formats import QuantFormat
 from ..nn.layout import SPLIT_BY_SIGN
+from ..nn.rotation import rotation_block
 
 
 def is_polar(tag: str, low: float, high: float) -> bool:
@@ -42,14 +43,28 @@ def is_polar(tag: str, low: float, high: float) -> bool:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done about the sign of one input segment: subtract a shift first or not, then a polarity of SegLayout."""
+    """What is done to one input segment before rounding.
+
+    Attributes:
+        shift: whether the middle of the range is subtracted.
+        polarity: a polarity of SegLayout.
+        rotation: channels that a Hadamard matrix mixes; 1 for none.
+    """
 
     shift: bool = False
     polarity: str = "none"
+    rotation: int = 1
 
 
 def candidates(
-    policy: str, *, polar: bool, affordable: bool, fmt: QuantFormat | None, has_statistics: bool
+    policy: str,
+    *,
+    polar: bool,
+    affordable: bool,
+    fmt: QuantFormat | None,
+    has_statistics: bool,
+    rotate: bool | str = False,
+    channels: int = 1,
 ) -> list[Treatment]:
     """The treatments to try on one input segment, cheapest first.
 
@@ -59,18 +74,24 @@ def candidates(
         affordable: whether its Linear may do a second product under ``auto``.
         fmt: the activations' format, None in weight-only quantization.
         has_statistics: whether calibration data was seen; a shift needs it.
+        rotate: True to rotate every segment, "search" to try it.
+        channels: of the segment.
     """
-    plain = Treatment()
+    # Rotated channels have no sign to speak of, so a rotation replaces the split by sign.
+    rotated = Treatment(rotation=rotation_block(channels)) if rotate else None
+    shifts = (False, True) if has_statistics else (False,)
     if fmt is None or policy == "none":
-        return [plain]
-    if policy in SPLIT_BY_SIGN:
-        return [Treatment(polarity=policy) if polar else plain]
-    polarities = ["none", "dual8"] if policy == "auto" and affordable and fmt.is_integer else ["none"]
-    return [
-        Treatment(shift, polarity)
-        for polarity in polarities
-        for shift in ((False, True) if has_statistics else (False,))
-    ]
+        treatments = [Treatment()]
+    elif policy in SPLIT_BY_SIGN:
+        treatments = [Treatment(polarity=policy) if polar else Treatment()]
+    else:
+        polarities = ["none", "dual8"] if policy == "auto" and affordable and fmt.is_integer else ["none"]
+        treatments = [Treatment(shift, polarity) for polarity in polarities for shift in shifts]
+    if rotated is None or rotated.rotation == 1:
+        return treatments
+    may_shift = shifts if fmt is not None and policy in ("shift", "auto") else (False,)
+    turned = [replace(rotated, shift=shift) for shift in may_shift]
+    return treatments + turned if rotate == "search" else turned
 
 
 def affordable_second_products(multiply_adds: Mapping[str, int], budget: float) -> set[str]:

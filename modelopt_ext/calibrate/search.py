@@ -13,19 +13,22 @@ layer's, up to correlations between segments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..formats import QuantFormat, quantize_dequantize, row_amax
+from ..formats import QuantFormat, quantize_dequantize, row_amax, stored_amax
 from ..nn.layout import SegLayout, input_block, weight_block
+from ..nn.rotation import rotate, rotate_segments
 from ..plan import LinearPlan, slices
 from .polarity import Treatment, candidates, is_polar, shift_of
+from .refine import Group, GroupWeights, RefineOptions, Rows, branch_dtype, refine_group
 from .smoothing import smoothing_scale
-from .statistics import ChannelRange, LinearStatistics, Sample
+from .statistics import ChannelRange, LinearStatistics, RangedRows
 
 _Setting = TypeVar("_Setting")
 
@@ -41,8 +44,11 @@ class SearchOptions:
         polarity: policy, see :mod:`.polarity`.
         shift_per_channel: granularity of the shift.
         alphas: smoothing strengths to try; None stands for no smoothing.
+        ranges: kinds of ranges to try for smoothing and static scales, see :meth:`Sample.select`.
         clips: shares of the calibrated range to try as the range of static activation scales.
         second_product: whether ``auto`` may split activations by sign, at the cost of a second product.
+        rotate: whether segments are rotated; "search" decides by the output error.
+        refine: what is done to the weights afterwards.
         storage: every number chosen is exact in this dtype. With that of the model, casting all its tensors to it, as
             loaders do, changes no scale.
     """
@@ -50,8 +56,11 @@ class SearchOptions:
     polarity: str = "auto"
     shift_per_channel: bool = True
     alphas: tuple[float | None, ...] = (None,)
+    ranges: tuple[str, ...] = ("max",)
     clips: tuple[float, ...] = (1.0,)
     second_product: bool = False
+    rotate: bool | str = False
+    refine: RefineOptions = field(default_factory=RefineOptions)
     storage: torch.dtype = torch.float32
 
     def stored(self, value: Tensor) -> Tensor:
@@ -68,9 +77,13 @@ class LinearSolution:
         smoothing: (output groups, K) float32, or None.
         shift: (K,) float32, or None.
         input_amax: block name to () float32; empty when activations are dynamic or not quantized.
-        weight_amax: block name to (rows, 1) or () float32; empty when the weight is not quantized.
+        weight_amax: block name to (rows, 1), (rows * groups, 1) or () float32; empty when the weight is not quantized.
+        down, up: the low-rank branch as :class:`WeightBank` holds it, 16 bits, or None.
+        correction: (N,) float32 to add to the output, or None.
+        weight: (N, K) float32, the weight to store in the place of the model's own; None to keep that one.
         treatments: of each input segment, for reports.
         alphas: per output group and input segment the smoothing strength, None without, for reports.
+        stages: per output group what was done to its weights, for reports.
         sqnr: output signal to quantization noise on the sampled rows, dB; NaN without samples.
     """
 
@@ -79,14 +92,20 @@ class LinearSolution:
     shift: Tensor | None
     input_amax: dict[str, Tensor] = field(default_factory=dict)
     weight_amax: dict[str, Tensor] = field(default_factory=dict)
+    down: Tensor | None = None
+    up: Tensor | None = None
+    correction: Tensor | None = None
+    weight: Tensor | None = None
     treatments: tuple[Treatment, ...] = ()
     alphas: tuple[tuple[float | None, ...], ...] = ()
+    stages: tuple[tuple[str, ...], ...] = ()
     sqnr: float = math.nan
 
     @property
     def is_stock(self) -> bool:
-        """True when two stock quantizers express it: one block, no smoothing, no shift."""
-        return self.layout.is_single and self.smoothing is None and self.shift is None
+        """True when two stock quantizers express it: one block and nothing but scales and codes."""
+        extras = (self.smoothing, self.shift, self.down, self.correction)
+        return self.layout.is_single and all(extra is None for extra in extras)
 
 
 def static_amax(range_: ChannelRange, smoothing: Tensor, polarity: str, fmt: QuantFormat) -> tuple[Tensor, ...]:
@@ -135,6 +154,7 @@ def solve_linear(
     weight_format: QuantFormat | None,
     options: SearchOptions,
     has_statistics: bool = True,
+    reference: Tensor | None = None,
 ) -> LinearSolution:
     """Choose smoothing, shift, polarity and scales of every block.
 
@@ -145,15 +165,24 @@ def solve_linear(
         input_format, weight_format: None where nothing is quantized.
         options: what may be tried.
         has_statistics: False when the rows are generated ones, good for their number but not for their values.
+        reference: (R, K), what the unquantized model has in the place of the sampled rows; None where they are that.
+
+    Raises:
+        ValueError: NaN or infinity where the weights are refined.
     """
     weight = weight.detach().float()
     groups = plan.out_segments if options.alphas != (None,) else (weight.shape[0],)
-    weight_segments = plan.out_segments if weight_format is not None and not weight_format.per_row else groups
+    weight_segments = plan.out_segments if weight_format is not None and not weight_format.has_row_scales else groups
     folds = statistics.folds()
     chosen = [
         _solve_segment(
-            statistics.whole.select(channels, weight.device),
-            [fold.select(channels, weight.device) for fold in folds],
+            {
+                kind: _Ranged(
+                    statistics.whole.select(channels, weight.device, kind),
+                    [fold.select(channels, weight.device, kind) for fold in folds],
+                )
+                for kind in (options.ranges if has_statistics else ("max",))
+            },
             weight[:, channels],
             _nested(groups, weight_segments),
             tag,
@@ -167,7 +196,7 @@ def solve_linear(
     if all(alpha is None for choice in chosen for alpha in choice.alphas):
         # A cut that changes no number is not made: without smoothing all groups read the same codes.
         groups = (weight.shape[0],)
-        weight_segments = weight_segments if weight_format is not None and not weight_format.per_row else groups
+        weight_segments = weight_segments if weight_format is not None and not weight_format.has_row_scales else groups
         chosen = [choice.merged() for choice in chosen]
 
     treatments = tuple(choice.treatment for choice in chosen)
@@ -176,6 +205,7 @@ def solve_linear(
         out_groups=groups,
         weight_segments=weight_segments,
         polarity=tuple(treatment.polarity for treatment in treatments),
+        rotation=tuple(treatment.rotation for treatment in treatments),
     )
     smoothing = torch.cat([choice.smoothing for choice in chosen], dim=1)
     shift = torch.cat([choice.shift for choice in chosen]) if any(choice.treatment.shift for choice in chosen) else None
@@ -195,10 +225,114 @@ def solve_linear(
                 solution.input_amax[input_block(group, segment)] = scales[0]
                 if len(scales) == 2:
                     solution.input_amax[input_block(group, segment, negative=True)] = scales[1]
-    if weight_format is not None and not weight_format.dynamic:
+    if weight_format is None or weight_format.dynamic:
+        return solution
+    if not has_statistics or options.refine.does_nothing:
         found = _weight_amax(weight, layout, solution.smoothing, weight_format)
         solution.weight_amax = {name: options.stored(amax) for name, amax in found.items()}
+        return solution
+    _refine(solution, weight, statistics, chosen, input_format, weight_format, options, reference)
     return solution
+
+
+def _refine(
+    solution: LinearSolution,
+    weight: Tensor,
+    statistics: LinearStatistics,
+    chosen: Sequence[_Choice],
+    input_format: QuantFormat | None,
+    weight_format: QuantFormat,
+    options: SearchOptions,
+    reference: Tensor | None,
+) -> None:
+    """Choose the codes of every output group and what goes with them, and write that into ``solution``."""
+    layout, device = solution.layout, weight.device
+    assert statistics.rows is not None
+    rows = statistics.rows.to(device).float()
+    unquantized = rows if reference is None else reference.to(device).float()
+    if solution.shift is not None:
+        rows, unquantized = rows - solution.shift, unquantized - solution.shift
+    first = statistics.first_half()
+    stored, solved = weight.clone(), []
+    signal = noise = 0.0
+    for index, out in enumerate(layout.out_slices):
+        inside = [number for number, r in enumerate(layout.weight_slices) if out.start <= r.start < out.stop]
+        group = Group(
+            weight[out],
+            None if solution.smoothing is None else solution.smoothing[index],
+            layout.in_slices,
+            layout.rotation,
+            tuple(layout.weight_segments[number] for number in inside),
+            weight_format,
+            options.storage,
+        )
+        seen = _rows_of(group, rows, unquantized, layout.polarity, input_format, [c.input_amax[index] for c in chosen])
+        halves = None if first is None else (seen.select(first.to(device)), seen.select(~first.to(device)))
+        found = refine_group(group, seen, halves, options.refine)
+        signal += float(seen.target.square().sum())
+        noise += found.noise(seen)
+        if found.replaced:
+            # What is stored, in the model's own domain, rounds to exactly these codes again.
+            stored[out] = group.weight_to_model(found.codes if found.branch is None else found.codes + found.branch)
+        for number in inside:
+            part = slice(layout.weight_slices[number].start - out.start, layout.weight_slices[number].stop - out.start)
+            for segment, channels in enumerate(layout.in_slices):
+                solution.weight_amax[weight_block(number, segment)] = _block_amax(
+                    found.amax[part, channels], weight_format
+                )
+        if found.down is not None:
+            found.down = group.weight_to_model(found.down)
+        solved.append(found)
+    solution.stages = tuple(found.stages for found in solved)
+    if signal > 0:
+        solution.sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise)
+    if any(found.replaced for found in solved):
+        solution.weight = stored
+    if any(found.bias is not None for found in solved):
+        parts = [weight.new_zeros(len(found.codes)) if found.bias is None else found.bias for found in solved]
+        solution.correction = torch.cat(parts)
+    solution.down, solution.up = _branch_buffers(solved, options.storage)
+
+
+def _rows_of(
+    group: Group,
+    rows: Tensor,
+    unquantized: Tensor,
+    polarity: Sequence[str],
+    fmt: QuantFormat | None,
+    amax: Sequence[tuple[Tensor, ...]],
+) -> Rows:
+    """Shifted rows (R, K) as ``group`` reads and rounds them."""
+    z = group.rows_to_codes(rows)
+    rounded = z
+    if fmt is not None:
+        parts = zip(group.columns, polarity, amax, strict=True)
+        rounded = torch.cat([round_input(z[:, c], sign, fmt, scales or None) for c, sign, scales in parts], dim=1)
+    reference = z if unquantized is rows else group.rows_to_codes(unquantized)
+    return Rows(z, rounded, reference, unquantized @ group.plain.T)
+
+
+def _block_amax(amax: Tensor, fmt: QuantFormat) -> Tensor:
+    """What the quantizer of a block holds, of the amax (n, k) of its weights."""
+    if fmt.per_row:
+        return amax[:, :1].clone()
+    return amax[0, 0].clone() if fmt.group is None or fmt.is_nvfp4 else stored_amax(amax, fmt).clone()
+
+
+def _branch_buffers(solved: Sequence[GroupWeights], storage: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The factors of all groups, padded to the largest rank: (groups * rank, K) and (N, rank), 16 bits."""
+    if all(found.down is None for found in solved):
+        return None, None
+    rank = max(0 if found.down is None else len(found.down) for found in solved)
+    downs, ups = [], []
+    for found in solved:
+        down, up = found.down, found.up
+        if down is None or up is None:
+            down, up = found.codes.new_zeros(0, found.codes.shape[1]), found.codes.new_zeros(len(found.codes), 0)
+        downs.append(pad(down, (0, 0, 0, rank - len(down))))
+        ups.append(pad(up, (0, rank - up.shape[1])))
+    dtype = branch_dtype(storage)
+    return torch.cat(downs).to(dtype), torch.cat(ups).to(dtype)
 
 
 def _nested(groups: tuple[int, ...], segments: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -214,8 +348,9 @@ def _weight_amax(weight: Tensor, layout: SegLayout, smoothing: Tensor | None, fm
     found = {}
     for index, rows in enumerate(layout.weight_slices):
         part = weight[rows] if smoothing is None else weight[rows] * smoothing[layout.group_of(index)]
+        part = rotate_segments(part, layout.in_slices, layout.rotation)
         for segment, channels in enumerate(layout.in_slices):
-            found[weight_block(index, segment)] = row_amax(part[:, channels], fmt)
+            found[weight_block(index, segment)] = stored_amax(row_amax(part[:, channels], fmt), fmt)
     return found
 
 
@@ -236,9 +371,16 @@ class _Choice:
         return replace(self, alphas=(None,), smoothing=self.smoothing[:1], input_amax=self.input_amax[:1])
 
 
+@dataclass
+class _Ranged:
+    """The sampled rows with their own range of one kind, and the folds with those of the other halves."""
+
+    whole: RangedRows
+    folds: list[RangedRows]
+
+
 def _solve_segment(
-    whole: Sample,
-    folds: list[Sample],
+    samples: Mapping[str, _Ranged],
     weight: Tensor,
     groups: list[tuple[int, ...]],
     tag: str,
@@ -248,7 +390,8 @@ def _solve_segment(
     has_statistics: bool,
 ) -> _Choice:
     """Try every treatment with every smoothing; weight is (N, k), ``groups`` has the weight segments of each group."""
-    low, high = float(whole.range.low.min()), float(whole.range.high.max())
+    usual, *others = samples.values()
+    low, high = float(usual.whole.range.low.min()), float(usual.whole.range.high.max())
     polar = is_polar(tag, low, high) if has_statistics else bool(tag)
     treatments = candidates(
         options.polarity,
@@ -256,22 +399,30 @@ def _solve_segment(
         affordable=options.second_product,
         fmt=input_format,
         has_statistics=has_statistics,
+        rotate=options.rotate,
+        channels=weight.shape[1],
     )
     if not has_statistics:
         # Generated rows say nothing about errors: the finest treatment on offer is taken as it is.
         treatments = treatments[-1:]
-    best: _Choice | None = None
-    for treatment in treatments:
-        choice = _try_treatment(whole, folds, weight, groups, treatment, input_format, weight_format, options)
-        if best is None or choice.noise < best.noise * (1 - WORTHWHILE):
+
+    def tried(sample: _Ranged, treatment: Treatment) -> _Choice:
+        return _try_treatment(sample, weight, groups, treatment, input_format, weight_format, options)
+
+    best = tried(usual, treatments[0])
+    for treatment in treatments[1:]:
+        choice = tried(usual, treatment)
+        if choice.noise < best.noise * (1 - WORTHWHILE):
             best = choice
-    assert best is not None
+    for sample in others:  # other kinds of ranges, for the treatment that is best with the first
+        choice = tried(sample, best.treatment)
+        if choice.noise < best.noise * (1 - WORTHWHILE):
+            best = choice
     return best
 
 
 def _try_treatment(
-    whole: Sample,
-    folds: list[Sample],
+    sample: _Ranged,
     weight: Tensor,
     groups: list[tuple[int, ...]],
     treatment: Treatment,
@@ -281,10 +432,12 @@ def _try_treatment(
 ) -> _Choice:
     """The best smoothing of every group under one treatment: tried on the folds, then fitted to all calls."""
 
-    def shift_for(sample: Sample) -> Tensor:
+    whole, folds = sample.whole, sample.folds
+
+    def shift_for(rows: RangedRows) -> Tensor:
         if treatment.shift:
-            return options.stored(shift_of(sample.range.high, sample.range.low, options.shift_per_channel))
-        return torch.zeros_like(sample.range.high)
+            return options.stored(shift_of(rows.range.high, rows.range.low, options.shift_per_channel))
+        return torch.zeros_like(rows.range.high)
 
     def fit(range_: ChannelRange, part: Tensor, alpha: float | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Smoothing (k,) and, for a shifted range, the static scales' unclipped amax; () where scales are dynamic."""
@@ -303,8 +456,9 @@ def _try_treatment(
         noise = torch.zeros(len(clips), device=part.device)
         for fold in shifted:
             scale, static = fit(fold.range, part, alpha)
-            z = fold.rows / scale
-            rounded, reference = round_weight(part * scale, sizes, weight_format), fold.rows @ part.T
+            z = rotate(fold.rows / scale, treatment.rotation)
+            smoothed = rotate(part * scale, treatment.rotation)
+            rounded, reference = round_weight(smoothed, sizes, weight_format), fold.rows @ part.T
             for index, clip in enumerate(clips):
                 codes = z
                 if input_format is not None:

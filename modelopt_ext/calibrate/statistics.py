@@ -58,19 +58,82 @@ class ChannelRange:
 
 
 @dataclass
+class RunningRange:
+    """The range of some calls, and the mean of the ranges of each."""
+
+    range: ChannelRange
+    total: ChannelRange  # sums over calls
+    calls: int = 1
+
+    @classmethod
+    def of_call(cls, seen: ChannelRange) -> RunningRange:
+        """Of one call."""
+        return cls(seen, seen)
+
+    def __or__(self, other: RunningRange) -> RunningRange:
+        """The same of both sets of calls."""
+        device = self.total.high.device
+        total = ChannelRange(self.total.high + other.total.high.to(device), self.total.low + other.total.low.to(device))
+        return RunningRange(self.range | other.range, total, self.calls + other.calls)
+
+    @property
+    def mean(self) -> ChannelRange:
+        """The mean over calls, in diffusion over timesteps, of each channel's largest and smallest value."""
+        return ChannelRange(self.total.high / self.calls, self.total.low / self.calls)
+
+
+@dataclass
 class Sample:
-    """Some rows (R, K) and a range of channels to quantize them with, their own or that of other rows."""
+    """Some rows (R, K) and where the range of their channels is taken from, themselves or other rows.
+
+    Attributes:
+        rows: (R, K).
+        seen: ranges of the calls to take the range from.
+        source: rows of those calls, (R', K), for percentiles.
+    """
+
+    rows: Tensor
+    seen: RunningRange
+    source: Tensor
+
+    def select(self, channels: slice, device: torch.device, kind: str = "max") -> RangedRows:
+        """Some channels, on ``device``, rows in float32, with a range of one kind.
+
+        Args:
+            channels: which.
+            device: where to.
+            kind: ``"max"``; ``"mean"``, of the maxima of each call (per-timestep maxima); or ``"p99.9"`` and the like,
+                the percentile of each channel's values on either side, over the sampled rows.
+        """
+        if kind == "mean":
+            range_ = self.seen.mean
+        elif kind == "max":
+            range_ = self.seen.range
+        else:
+            return RangedRows(
+                self.rows[:, channels].to(device).float(),
+                _percentile_range(self.source[:, channels].to(device).float(), float(kind[1:]) / 100),
+            )
+        return RangedRows(self.rows[:, channels].to(device).float(), range_.select(channels, device))
+
+
+@dataclass
+class RangedRows:
+    """Some rows (R, k) float32 and a range of channels to quantize them with."""
 
     rows: Tensor
     range: ChannelRange
 
-    def select(self, channels: slice, device: torch.device) -> Sample:
-        """The same for some channels, on ``device``, rows in float32."""
-        return Sample(self.rows[:, channels].to(device).float(), self.range.select(channels, device))
+    def __sub__(self, shift: Tensor) -> RangedRows:
+        """The rows and their range after subtracting ``shift`` (k,)."""
+        return RangedRows(self.rows - shift, self.range - shift)
 
-    def __sub__(self, shift: Tensor) -> Sample:
-        """The rows and their range after subtracting ``shift`` (K,)."""
-        return Sample(self.rows - shift, self.range - shift)
+
+def _percentile_range(rows: Tensor, share: float) -> ChannelRange:
+    # Sorted once for both ends; torch.quantile refuses large tensors.
+    ordered = rows.sort(dim=0).values
+    last = len(rows) - 1
+    return ChannelRange(ordered[round(share * last)], ordered[round((1 - share) * last)])
 
 
 @dataclass
@@ -88,9 +151,9 @@ class LinearStatistics:
     rows: Tensor | None = None
     rows_seen: int = 0
     calls: int = 0
-    _spans: list[ChannelRange] = field(default_factory=list)
+    _spans: list[RunningRange] = field(default_factory=list)
     _calls_a_span: int = 1
-    _alternate: tuple[ChannelRange, ChannelRange] | None = None
+    _alternate: tuple[RunningRange, RunningRange] | None = None
     _items: int = ITEMS_TO_SPLIT
     _keys: Tensor | None = None
     _origin: Tensor | None = None
@@ -105,18 +168,18 @@ class LinearStatistics:
         x = x.detach().reshape(x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1])
         if x.numel() == 0:
             return
-        even, odd = (_range_of(x[start::2] if len(x) > 1 else x) for start in (0, 1))
+        even, odd = (RunningRange.of_call(_range_of(x[start::2] if len(x) > 1 else x)) for start in (0, 1))
         self._items = min(self._items, len(x))
         if self._alternate is not None:
             even, odd = self._alternate[0] | even, self._alternate[1] | odd
         self._alternate = even, odd
-        self._extend_range(_range_of(x))
+        self._extend_range(RunningRange.of_call(_range_of(x)))
         items, tokens, channels = x.shape
         self._sample(x.reshape(-1, channels), torch.arange(items).repeat_interleave(tokens) % 2)
         self.rows_seen += items * tokens
         self.calls += 1
 
-    def _extend_range(self, seen: ChannelRange) -> None:
+    def _extend_range(self, seen: RunningRange) -> None:
         if self.calls % self._calls_a_span:
             self._spans[-1] |= seen
             return
@@ -152,13 +215,17 @@ class LinearStatistics:
     @property
     def range(self) -> ChannelRange:
         """Over all rows of all calls, sampled or not."""
-        return reduce(ChannelRange.__or__, self._spans)
+        return self._seen.range
+
+    @property
+    def _seen(self) -> RunningRange:
+        return reduce(RunningRange.__or__, self._spans)
 
     @property
     def whole(self) -> Sample:
         """All sampled rows with the range of all calls."""
         assert self.rows is not None
-        return Sample(self.rows, self.range)
+        return Sample(self.rows, self._seen, self.rows)
 
     def folds(self) -> list[Sample]:
         """Rows with ranges of *other* data: two halves of what was seen, each with the other's range.
@@ -169,19 +236,34 @@ class LinearStatistics:
         calls: other trajectories. With a single small call there is nothing to hold out, and the only fold is
         :attr:`whole`.
         """
-        if self.rows is None or self._origin is None or self._alternate is None:
+        in_first = self.first_half()
+        if in_first is None:
             return [self.whole]
+        assert self.rows is not None
+        assert self._alternate is not None
         if self._items >= ITEMS_TO_SPLIT:
             first, second = self._alternate
+        else:
+            middle = len(self._spans) // 2
+            first, second = (reduce(RunningRange.__or__, half) for half in (self._spans[:middle], self._spans[middle:]))
+        halves = self.rows[in_first], self.rows[~in_first]
+        return [Sample(halves[0], second, halves[1]), Sample(halves[1], first, halves[0])]
+
+    def first_half(self) -> Tensor | None:
+        """Which of :attr:`rows` belong to the first of the two halves of :meth:`folds`, (R,) boolean.
+
+        Returns:
+            None where there is nothing to hold out.
+        """
+        if self.rows is None or self._origin is None or self._alternate is None:
+            return None
+        if self._items >= ITEMS_TO_SPLIT:
             in_first = self._origin[:, 1] == 0
         elif len(self._spans) > 1:
-            middle = len(self._spans) // 2
-            first, second = (reduce(ChannelRange.__or__, half) for half in (self._spans[:middle], self._spans[middle:]))
-            in_first = self._origin[:, 0] < middle * self._calls_a_span
+            in_first = self._origin[:, 0] < len(self._spans) // 2 * self._calls_a_span
         else:
-            return [self.whole]
-        folds = [Sample(self.rows[in_first], second), Sample(self.rows[~in_first], first)]
-        return [fold for fold in folds if len(fold.rows)]
+            return None
+        return in_first if 0 < int(in_first.sum()) < len(in_first) else None
 
 
 def _range_of(x: Tensor) -> ChannelRange:
@@ -191,16 +273,17 @@ def _range_of(x: Tensor) -> ChannelRange:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Inside, no quantizer of the model rounds or collects; afterwards each is as it was."""
+    """Inside, no quantizer of the model rounds, rotates or collects; afterwards each is as it was."""
     quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer)]
-    before = [(quantizer._if_quant, quantizer._if_calib) for quantizer in quantizers]
+    before = [(quantizer._if_quant, quantizer._if_calib, quantizer._rotate) for quantizer in quantizers]
     for quantizer in quantizers:
         quantizer._if_quant = quantizer._if_calib = False
+        quantizer.disable_rotate()
     try:
         yield
     finally:
-        for quantizer, (if_quant, if_calib) in zip(quantizers, before, strict=True):
-            quantizer._if_quant, quantizer._if_calib = if_quant, if_calib
+        for quantizer, (if_quant, if_calib, rotation) in zip(quantizers, before, strict=True):
+            quantizer._if_quant, quantizer._if_calib, quantizer._rotate = if_quant, if_calib, rotation
 
 
 def collect(

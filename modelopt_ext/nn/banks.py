@@ -5,21 +5,24 @@ usual names ``input_quantizer`` and ``weight_quantizer``; it never rounds anythi
 static or dynamic, enabled) are the template of its blocks, which are stock quantizers nested under it; a pattern that
 reconfigures the bank reconfigures them. Buffers of a bank travel in ModelOpt's quantizer state like any ``_amax``.
 
-    activations, output group o, input segment t:   z = (x[t] - c[t]) / s[o, t],  codes of z by block o_t
-    weights, the same block:                         W[o, t] * s[o, t],            codes by block w_t
+    activations, output group o, input segment t:   z = ((x[t] - c[t]) / s[o, t]) H[t],      codes of z by block o_t
+    weights, the same block:                         ((W[o, t] - L[o, t]) * s[o, t]) H[t],    codes by block w_t
 
-``s`` is SmoothQuant's smoothing (arXiv 2211.10438, eq. 4), ``c`` the shift, which SegLinear gives back as a bias.
+``s`` is SmoothQuant's smoothing (arXiv 2211.10438, eq. 4), ``c`` the shift, which SegLinear gives back as a bias, ``H``
+a Hadamard rotation, ``L`` the low-rank branch (SVDQuant, arXiv 2411.05007), which SegLinear evaluates in 16 bits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .layout import SPLIT_BY_SIGN, SegLayout, input_block, weight_block
+from .rotation import rotate
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
@@ -82,6 +85,8 @@ class QuantizerBank(TensorQuantizer):
         template = self._template()
         for name in self.block_names():
             self.block(name).set_from_modelopt_state(template, properties_only=True)
+            # A rotation is the bank's business, see SegLayout.
+            self.block(name).disable_rotate()
 
     def disable(self) -> None:
         """Disable the bank and its blocks."""
@@ -145,21 +150,32 @@ class InputBank(QuantizerBank):
         """W c, (N,) float32, kept only once the weight is folded (see :meth:`SegLinear.fold_weight`)."""
         return getattr(self, "_offset", None)
 
+    @property
+    def correction(self) -> Tensor | None:
+        """(N,) float32, added to the output: minus the mean error on calibration data; None without."""
+        return getattr(self, "_correction", None)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether anything of this bank belongs into the Linear's bias."""
+        return self.shift is not None or self.correction is not None
+
     def forward(self, inputs: Tensor, group: int | None = 0) -> Tensor:
         """Round the activations as one output group reads them.
 
         Args:
             inputs: (..., K).
-            group: index of the output group. None asks for what the shift takes out of the output, W c, instead;
-                ``inputs`` is then the plain weight W, (N, K). (Here and not in a method of its own, because offloading
-                hooks bring a module's buffers in for the time of its forward.)
+            group: index of the output group. None asks for what belongs into the bias instead: W c, which the shift
+                takes out of the output, and the correction; ``inputs`` is then the weight W without its low-rank
+                branch, (N, K). (Here and not in a method of its own, because offloading hooks bring a module's buffers
+                in for the time of its forward.)
 
         Returns:
             (..., K) in ``inputs``'s dtype: ``s * z`` is not undone, z is what the group's smoothed weights expect. For
             ``group=None`` (N,) float32.
         """
         if group is None:
-            return self._offset_of(inputs)
+            return self._bias_of(inputs)
         x = inputs.reshape(-1, inputs.shape[-1]).to(_working_dtype(inputs))
         if self.shift is not None:
             x = x - self.shift
@@ -169,16 +185,19 @@ class InputBank(QuantizerBank):
         rounded = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return rounded.to(inputs.dtype).reshape(inputs.shape)
 
-    def _offset_of(self, weight: Tensor) -> Tensor:
+    def _bias_of(self, weight: Tensor) -> Tensor:
         if self.offset is not None:
             return self.offset
-        assert self.shift is not None
-        # Not a matrix-vector product: BLAS sums those in an order that depends on where the weight lies in memory, and
-        # a restored model would differ from the saved one in the last bit.
-        return (weight.to(_working_dtype(weight)) * self.shift).sum(dim=1)
+        bias = weight.new_zeros(weight.shape[0], dtype=_working_dtype(weight))
+        if self.shift is not None:
+            # Not a matrix-vector product: BLAS sums those in an order that depends on where the weight lies in memory,
+            # and a restored model would differ from the saved one in the last bit.
+            bias = (weight.to(bias.dtype) * self.shift).sum(dim=1)
+        return bias if self.correction is None else bias + self.correction
 
     def _round(self, z: Tensor, group: int, segment: int) -> Tensor:
         polarity = self._layout.polarity[segment]
+        z = rotate(z, self._layout.rotation[segment])
         block = self.block(input_block(group, segment))
         if polarity == "none":
             return block(z)
@@ -200,26 +219,66 @@ class WeightBank(QuantizerBank):
             for segment in range(len(layout.in_segments))
         ]
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Smooth and round a weight.
+    @property
+    def down(self) -> Tensor | None:
+        """The low-rank branch's first factor, (groups * rank, K): group g has rows [g * rank, (g + 1) * rank)."""
+        return getattr(self, "_down", None)
+
+    @property
+    def up(self) -> Tensor | None:
+        """The low-rank branch's second factor, (N, rank): L[o] = up[o] down[o]."""
+        return getattr(self, "_up", None)
+
+    def forward(self, inputs: Tensor, use: Literal["round", "residual", "branch"] = "round", group: int = 0) -> Tensor:
+        """Smooth and round a weight. (One method for three uses, because offloading hooks bring buffers in for it.)
 
         Args:
-            inputs: the plain weight, (N, K).
+            inputs: the plain weight, (N, K); for ``"branch"`` activations, (..., K).
+            use: ``"round"``; ``"residual"``, the weight without the low-rank branch; or ``"branch"``, the product of
+                activations with the branch of one output group.
+            group: index of the output group, for ``"branch"``.
 
         Returns:
-            (N, K) in the weight's dtype, in the smoothed domain that :meth:`InputBank.forward` produces.
+            (N, K) in the weight's dtype (for ``"residual"`` at least float32); rounded, in the domain that
+            :meth:`InputBank.forward` produces. For ``"branch"`` (..., rows of the group) in the activations' dtype.
         """
+        if use == "branch":
+            return self._branch(inputs, group)
+        if getattr(self, "_folded", False):
+            return inputs
+        weight = self._residual(inputs)
+        if use == "residual":
+            return weight
         layout = self._layout
-        weight = inputs.to(_working_dtype(inputs))
         rows = []
         for index, out in enumerate(layout.weight_slices):
             part = weight[out]
             if self.smoothing is not None:
                 part = part * self.smoothing[layout.group_of(index)]
             blocks = [
-                self.block(weight_block(index, segment))(part[:, channels])
+                self.block(weight_block(index, segment))(rotate(part[:, channels], layout.rotation[segment]))
                 for segment, channels in enumerate(layout.in_slices)
             ]
             rows.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1))
         rounded = rows[0] if len(rows) == 1 else torch.cat(rows, dim=0)
         return rounded.to(inputs.dtype)
+
+    def _factors(self, group: int) -> tuple[Tensor, Tensor]:
+        assert self.down is not None
+        assert self.up is not None
+        rank = self.up.shape[1]
+        return self.down[group * rank : (group + 1) * rank], self.up[self._layout.out_slices[group]]
+
+    def _residual(self, weight: Tensor) -> Tensor:
+        weight = weight.to(_working_dtype(weight))
+        if self.down is None:
+            return weight
+        branch = []
+        for group in range(len(self._layout.out_groups)):
+            down, up = self._factors(group)
+            branch.append(up.to(weight.dtype) @ down.to(weight.dtype))
+        return weight - torch.cat(branch)
+
+    def _branch(self, inputs: Tensor, group: int) -> Tensor:
+        down, up = (factor.to(inputs.dtype) for factor in self._factors(group))
+        return linear(linear(inputs, down), up)

@@ -24,6 +24,7 @@ class SegLayout:
         weight_segments: sizes along N, a refinement of ``out_groups``; each weight segment has its own weight scales.
         polarity: per input segment ``"none"`` (one scale), ``"dual"`` (signed codes for each sign, the paper's
             DualScale) or ``"dual8"`` (all codes on one side for each sign).
+        rotation: per input segment the channels that a Hadamard matrix mixes before rounding; 1 for none.
 
     Raises:
         ValueError: sizes that are not positive or do not nest, or an unknown polarity.
@@ -33,8 +34,11 @@ class SegLayout:
     out_groups: tuple[int, ...]
     weight_segments: tuple[int, ...]
     polarity: tuple[str, ...]
+    rotation: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.rotation:
+            object.__setattr__(self, "rotation", (1,) * len(self.in_segments))
         for name in ("in_segments", "out_groups", "weight_segments"):
             sizes = getattr(self, name)
             if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
@@ -45,6 +49,12 @@ class SegLayout:
             raise ValueError("weight_segments and out_groups must add up to the same number of rows")
         if len(self.polarity) != len(self.in_segments) or any(p not in POLARITIES for p in self.polarity):
             raise ValueError(f"polarity must be one of {POLARITIES} per input segment, got {self.polarity}")
+        fits = len(self.rotation) == len(self.in_segments)
+        if not fits or any(
+            block < 1 or block & (block - 1) or size % block
+            for size, block in zip(self.in_segments, self.rotation, strict=True)
+        ):
+            raise ValueError(f"rotation needs a power of two that divides each input segment, got {self.rotation}")
 
     @property
     def in_features(self) -> int:
@@ -79,7 +89,8 @@ class SegLayout:
     @property
     def is_single(self) -> bool:
         """True when one scale for the input and one row of weight scales says it all."""
-        return len(self.in_segments) == len(self.weight_segments) == 1 and self.polarity == ("none",)
+        uncut = len(self.in_segments) == len(self.weight_segments) == 1
+        return uncut and self.polarity == ("none",) and self.rotation == (1,)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for checkpoints."""
@@ -88,6 +99,7 @@ class SegLayout:
             "out_groups": list(self.out_groups),
             "weight_segments": list(self.weight_segments),
             "polarity": list(self.polarity),
+            "rotation": list(self.rotation),
         }
 
     @classmethod
@@ -97,7 +109,7 @@ class SegLayout:
         Raises:
             ValueError: missing or unknown keys, or sizes that do not fit.
         """
-        expected = {"in_segments", "out_groups", "weight_segments", "polarity"}
+        expected = {"in_segments", "out_groups", "weight_segments", "polarity", "rotation"}
         if set(data) != expected:
             raise ValueError(f"a segment layout has the keys {sorted(expected)}, got {sorted(data)}")
         return cls(**{key: tuple(data[key]) for key in expected})

@@ -1,13 +1,14 @@
 """SegLinear: a quantized Linear whose blocks have their own scales.
 
 For output groups o and input segments t (arXiv 2507.14811, SegLinear and DualScale; the shift and the wide polarity
-are ours):
+are ours), with R = W - L and a low-rank L in 16 bits:
 
-    y[o] = sum_t  Q((x[t] - c[t]) / s[o,t]) . Q(W[o,t] * s[o,t])^T  +  W c  +  b[o]
+    y[o] = sum_t  Q((x[t] - c[t]) / s[o,t] H[t]) . Q(R[o,t] * s[o,t] H[t])^T  +  x L[o]^T  +  R[o] c  +  b[o]
 
 where Q of a segment split by sign is Q(x+) + Q(x-), each sign with its own scale and the weight shared. The weight that
-the module holds is the plain one of the model: smoothing and rounding happen on the way, so a checkpoint's ``weight``
-keeps its meaning, LoRA adapters can be fused into it, and calibrating again starts from the same numbers.
+the module holds is in the model's own domain: smoothing, rotation and rounding happen on the way, so a checkpoint's
+``weight`` keeps its meaning and LoRA adapters can be fused into it. It is the model's own weight unless GPTQ ran, which
+chooses a weight that rounds to better codes.
 """
 
 from __future__ import annotations
@@ -68,6 +69,12 @@ class SegLinear(QuantModule):
             F.linear(self.input_quantizer(input, group), rounded[rows], None if bias is None else bias[rows])
             for group, rows in enumerate(self.layout.out_slices)
         ]
+        if self.weight_quantizer.down is not None:
+            # Under autocast outputs may have another dtype than the input.
+            outputs = [
+                output + self.weight_quantizer(input, "branch", group).to(output.dtype)
+                for group, output in enumerate(outputs)
+            ]
         return self.output_quantizer(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
 
     def _is_transparent(self) -> bool:
@@ -79,10 +86,10 @@ class SegLinear(QuantModule):
         )
 
     def _effective_bias(self, weight: Tensor) -> Tensor | None:
-        """b + W c, (N,). With the full-precision W: what the shift takes out of the codes comes back without error."""
-        if self.input_quantizer.shift is None:
+        """b + R c, (N,). With R in full precision: what the shift takes out of the codes comes back without error."""
+        if not self.input_quantizer.has_bias:
             return self.bias
-        offset = self.input_quantizer(weight, group=None)
+        offset = self.input_quantizer(self.weight_quantizer(weight, "residual"), group=None)
         return (offset if self.bias is None else self.bias + offset).to(weight.dtype)
 
     def iter_weights_for_calibration(self) -> Iterator[tuple[Tensor, TensorQuantizer]]:
@@ -99,8 +106,9 @@ class SegLinear(QuantModule):
         if getattr(bank, "_folded", False) or not bank.is_enabled:
             return
         weight = self.plain_weight
-        if self.input_quantizer.shift is not None:
-            self.input_quantizer.set_buffer("_offset", self.input_quantizer(weight, group=None))
+        if self.input_quantizer.has_bias:
+            residual = bank(weight, "residual")
+            self.input_quantizer.set_buffer("_offset", self.input_quantizer(residual, group=None))
         weight.copy_(bank(weight))
         bank._folded = True
         bank.disable()
