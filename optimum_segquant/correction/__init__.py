@@ -10,6 +10,10 @@ function of the output itself can be taken back for nothing: ``v ~ a_t * v_q + b
 3. :func:`correct_pipeline` applies it, in the denoiser (a forward hook) or in the scheduler (a subclass made on the
    fly, for denoisers that are no PyTorch modules); its handle takes it back.
 
+Expect little. On the trained ``shapes-sd3`` pipeline the guided output gains 0.07 dB at W4A8 and nothing at W8A8 (the
+identity is chosen), the denoiser's own output 0.03 to 0.04 dB: nearly all of the error there is no affine function of
+the output. An untrained model with coarse 4-bit weights gained more than one.
+
 The correction is one readable file, ``affine_correction.json``, beside a saved pipeline.
 
 Background: SegQuant's optional affiner (arXiv 2507.14811), TAC-Diffusion (arXiv 2407.03917), PTQD (arXiv 2305.10657).

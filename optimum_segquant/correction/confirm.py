@@ -95,10 +95,10 @@ def confirm(
     """
     if len(prompts) < 4:
         raise ValueError(f"{len(prompts)} prompts are too few to tell a gain from chance: give at least 4")
-    arguments = {"seeds": seeds, "batch_size": batch_size, **call_kwargs}
-    without = final_latents(pipeline, prompts, **arguments)
     if correction.is_identity:
         return SamplingGain((0.0,) * len(prompts))
+    arguments = {"seeds": seeds, "batch_size": batch_size, **call_kwargs}
+    without = final_latents(pipeline, prompts, **arguments)
     with correct_pipeline(pipeline, correction):
         corrected = final_latents(pipeline, prompts, **arguments)
     if without.shape != reference.shape:
