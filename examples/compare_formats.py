@@ -36,6 +36,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -673,11 +674,13 @@ def verdicts(results: Results) -> str:
 
 
 STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "search": ({"alpha": "search"}, {"alpha": None, "polarity": "none", "clip_grid": (1.0,)}),
+    "search": ({}, {"alpha": None, "polarity": "none", "clip_grid": (1.0,)}),
     "low rank": ({"low_rank": {"rank": 32, "max_share": 0.25}}, {}),
     "GPTQ": ({"gptq": True}, {}),
 }
-"""What is compared layer by layer: fields of the algorithm with it, and without."""
+"""What is compared layer by layer: fields of the algorithm with it, and without. The defaults search."""
+
+TARGET_SHARE = 0.95  # of the Linears that an algorithm should not make worse
 
 PER_LAYER_FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "W8A8 static": (INT8_CHANNEL, INT8_TENSOR),
@@ -686,63 +689,104 @@ PER_LAYER_FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+class LayerErrors:
+    """Output SQNR in dB of every Linear alone, on unseen inputs, for one format and any fields of the algorithm."""
+
+    def __init__(self, data: Data, fmt: str) -> None:
+        self.data, self.fmt = data, fmt
+        self._known: dict[str, dict[str, float]] = {}
+
+    def __call__(self, fields: Mapping[str, Any]) -> dict[str, float]:
+        """SQNR by the Linear's name, from its full-precision inputs."""
+        key = json.dumps(fields, sort_keys=True)
+        if key not in self._known:
+            original, (weight, activation) = denoiser_of(self.data.pipeline), PER_LAYER_FORMATS[self.fmt]
+            quantized = quantized_copy(
+                original, _ours(weight, activation, **fields), self.data.calibration.forward_loop
+            )
+            unseen = self.data.unseen
+            table = measure(original, quantized, unseen.forward_loop, batches=len(unseen), local_only=True)
+            self._known[key] = {layer.name: layer.local_sqnr for layer in table.layers}
+        return self._known[key]
+
+
 @dataclass(frozen=True)
 class LayerCount:
     """For how many Linears an algorithm is at least as good as doing without it, by their output on unseen inputs.
 
     Attributes:
-        what: the algorithm, the format, the pipeline and the seed.
+        step, format, pipeline, seed: what was measured.
         layers: how many Linears were measured.
         worse: the exceptions, with the loss in dB, largest first.
         gain: mean over the Linears of the gain in dB.
     """
 
-    what: str
+    step: str
+    format: str
+    pipeline: str
+    seed: int
     layers: int
     worse: tuple[tuple[str, float], ...]
     gain: float
 
-    @property
-    def share(self) -> float:
-        """Of the Linears that are not worse, 0..1."""
-        return 1 - len(self.worse) / self.layers
 
-
-def count_layers(data: Data, fmt: str, step: str, what: str) -> LayerCount:
-    """Quantize with and without, and compare every Linear's own output error on unseen inputs."""
-    weight, activation = PER_LAYER_FORMATS[fmt]
-    original = denoiser_of(data.pipeline)
-    local: list[dict[str, float]] = []
-    for fields in STEPS[step]:
-        quantized = quantized_copy(original, _ours(weight, activation, **fields), data.calibration.forward_loop)
-        table = measure(original, quantized, data.unseen.forward_loop, batches=len(data.unseen), local_only=True)
-        local.append({layer.name: layer.local_sqnr for layer in table.layers})
-    # Where neither makes an error both are infinite: no gain, no loss, and no number.
-    gains = {name: value - local[1][name] for name, value in local[0].items()}
+def count_layers(errors: LayerErrors, step: str, pipeline: str, seed: int) -> LayerCount:
+    """Compare every Linear's own output error with and without one step."""
+    with_it, without = (errors(fields) for fields in STEPS[step])
+    gains = {name: value - without[name] for name, value in with_it.items()}
     worse = sorted(((name, -gain) for name, gain in gains.items() if gain < 0), key=lambda item: -item[1])
+    # Where neither makes an error both are infinite: no gain, no loss, and no number.
     finite = [gain for gain in gains.values() if math.isfinite(gain)]
-    return LayerCount(what, len(gains), tuple(worse), mean(finite))
+    return LayerCount(step, errors.fmt, pipeline, seed, len(gains), tuple(worse), mean(finite))
+
+
+def count_pairs(pairs: Sequence[Pair], options: argparse.Namespace) -> list[LayerCount]:
+    """All formats and steps for some pipelines and seeds."""
+    torch.set_num_threads(options.threads)
+    counts = []
+    for folder, seed in pairs:
+        data = sample(load_pipeline(folder, options.device), seed, options)
+        for fmt in options.formats:
+            errors = LayerErrors(data, fmt)
+            for step in STEPS:
+                counts.append(count_layers(errors, step, folder.name, seed))
+                print(layer_lines([counts[-1]], f"{step}, {fmt}, {folder.name}, seed {seed}"), flush=True)
+    return counts
+
+
+def layer_lines(counts: Sequence[LayerCount], what: str) -> str:
+    """One line with the share of Linears that are not worse, then the exceptions."""
+    layers, worse = sum(c.layers for c in counts), [item for c in counts for item in c.worse]
+    part = 1 - len(worse) / layers
+    lines = [
+        f"{what}: not worse in {layers - len(worse)} of {layers} Linears, {100 * part:.1f} % "
+        f"(target {100 * TARGET_SHARE:g} %: {'reached' if part >= TARGET_SHARE else 'missed'}), "
+        f"mean gain {mean([c.gain for c in counts]):+.2f} dB"
+    ]
+    losses: dict[str, list[float]] = {}
+    for count in counts:
+        for name, loss in count.worse:
+            losses.setdefault(name if len(counts) == 1 else f"{count.pipeline} {name}", []).append(loss)
+    for name, values in sorted(losses.items(), key=lambda item: -max(item[1])):
+        times = f", {len(values)} times" if len(counts) > 1 else ""
+        lines.append(f"    {name}: {-max(values):+.2f} dB{times}")
+    return "\n".join(lines)
 
 
 def per_layer(options: argparse.Namespace) -> list[LayerCount]:
-    """Print the layer counts of all pipelines and seeds."""
-    counts = []
-    for folder in options.pipelines:
-        pipeline = load_pipeline(folder, options.device)
-        for seed in range(options.seeds):
-            data = sample(pipeline, seed, options)
-            for fmt in options.formats:
-                for step in STEPS:
-                    count = count_layers(data, fmt, step, f"{step}, {fmt}, {folder.name}, seed {seed}")
-                    counts.append(count)
-                    verdict = "reached" if count.share >= 0.95 else "missed"
-                    print(
-                        f"{count.what}: not worse in {count.layers - len(count.worse)} of {count.layers} Linears, "
-                        f"{100 * count.share:.1f} % (target 95 %: {verdict}), mean gain {count.gain:+.2f} dB",
-                        flush=True,
-                    )
-                    for name, loss in count.worse:
-                        print(f"    {name}: {-loss:+.2f} dB", flush=True)
+    """Count for all pipelines and seeds, in ``--workers`` processes, and print a summary by format and step."""
+    pairs = [(folder, seed) for seed in range(options.seeds) for folder in options.pipelines]
+    workers = min(options.workers, len(pairs))
+    if workers == 1:
+        counts = count_pairs(pairs, options)
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            parts = list(pool.map(count_pairs, [pairs[i::workers] for i in range(workers)], [options] * workers))
+        counts = [count for part in parts for count in part]
+    print()
+    for fmt in options.formats:
+        for step in STEPS:
+            print(layer_lines([c for c in counts if (c.format, c.step) == (fmt, step)], f"{step}, {fmt}"))
     return counts
 
 

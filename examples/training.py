@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -89,7 +89,7 @@ def train(
     values: list[torch.Tensor] = [m.detach() for m in masters]
     working_values: list[torch.Tensor] = [p.detach() for p in working]
     rate = schedule.rate(0, schedule.steps)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
             "params": [m for m, f in zip(masters, factors, strict=True) if f == factor],
             "lr": torch.tensor(rate * factor, device=device) if on_gpu else rate * factor,

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import compare_formats
 import modelopt.torch.quantization as mtq
@@ -157,7 +158,7 @@ def rows_of(*names: str) -> list[Row]:
 
 def test_table_means_and_verdicts() -> None:
     names = ("ModelOpt INT8_DEFAULT_CFG", "paper W8A8", "SEGQUANT_INT8_CFG")
-    filled = {
+    filled: dict[str, Any] = {
         "psnr": 30.0,
         "ssim": 0.9,
         "seconds": 2.0,
@@ -215,22 +216,33 @@ def test_layer_counts_name_the_exceptions(monkeypatch: pytest.MonkeyPatch) -> No
     data = compare_formats.sample(pipeline, 0, options)
     monkeypatch.setitem(compare_formats.PER_LAYER_FORMATS, "coarse", ({"num_bits": 8, "axis": None}, INT8_TOKEN))
     monkeypatch.setitem(compare_formats.STEPS, "same", (NOTHING, NOTHING))
-    count = compare_formats.count_layers(data, "coarse", "same", "x")
+    errors = compare_formats.LayerErrors(data, "coarse")
+    count = compare_formats.count_layers(errors, "same", "p", 0)
     linears = [name for name, module in pipeline.unet.named_modules() if isinstance(module, nn.Linear)]
-    assert (count.layers, count.worse, count.share, count.gain) == (len(linears), (), 1.0, 0.0)
+    assert (count.layers, count.worse, count.gain) == (len(linears), (), 0.0)
+    values = errors(NOTHING)
+    assert set(values) == set(linears)
+    assert all(20 < value < 70 for value in values.values())
 
     # 20 dB with it and 21 dB without: worse; the others 10 dB better or equal.
+    monkeypatch.setitem(compare_formats.STEPS, "other", ({"alpha": 0.5}, {"alpha": None}))
     noises = iter([{"a": 1e-2, "b": 1e-3, "c": 1e-3, "d": 0.0}, {"a": 10**-2.1, "b": 1e-2, "c": 1e-3, "d": 0.0}])
 
     def fake_measure(*_: object, **__: object) -> SensitivityTable:
         return SensitivityTable(tuple(LayerSensitivity(n, 1, 1, 1, noise) for n, noise in next(noises).items()), 1)
 
+    monkeypatch.setattr(compare_formats, "quantized_copy", lambda model, config, loop: model)
     monkeypatch.setattr(compare_formats, "measure", fake_measure)
-    count = compare_formats.count_layers(data, "coarse", "same", "x")
+    count = compare_formats.count_layers(compare_formats.LayerErrors(data, "coarse"), "other", "p", 0)
     assert count.layers == 4
     assert [(name, round(loss, 6)) for name, loss in count.worse] == [("a", 1.0)]
-    assert count.share == 0.75
     assert count.gain == pytest.approx((-1 + 10 + 0) / 3)
+    text = compare_formats.layer_lines([count], "x")
+    assert text.splitlines() == [
+        "x: not worse in 3 of 4 Linears, 75.0 % (target 95 %: missed), mean gain +3.00 dB",
+        "    a: -1.00 dB",
+    ]
+    assert "p a: -1.00 dB, 2 times" in compare_formats.layer_lines([count, count], "x")
 
 
 def test_journal_keeps_the_last_of_equal_measurements(tmp_path: Path) -> None:
