@@ -237,10 +237,10 @@ def table_rows() -> dict[str, Row]:
         both = tuple(_ours(INT4_CHANNEL, activation, alpha=alpha, **PAPER_4) for alpha in (0.5, "search"))
         rows.append(Row(f"paper {name}", PAPER, both))
     named: list[Config] = []
-    for name, preset in PRESETS.items():
-        if preset not in named:  # SEGQUANT_CFG is another name
-            named.append(preset)
-            rows.append(Row(name if name != "SEGQUANT_CFG" else "SEGQUANT_INT8_CFG", OURS, (_quiet(preset),)))
+    for name in sorted(PRESETS, key=lambda name: name == "SEGQUANT_CFG"):  # last, as it may be another's second name
+        if PRESETS[name] not in named:
+            named.append(PRESETS[name])
+            rows.append(Row(name, OURS, (_quiet(PRESETS[name]),)))
     order = {name: i for i, name in enumerate(FORMATS)}
     methods = (MODELOPT, PLAIN, PAPER, OURS)
     rows.sort(key=lambda row: (order.get(row.format, len(order)), methods.index(row.method)))

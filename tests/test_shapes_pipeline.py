@@ -367,7 +367,7 @@ def test_t5_gets_gradients_from_the_flux_loss() -> None:
     ids = train_shapes_pipeline._token_ids(captions[:4])
     denoiser = train_shapes_pipeline.Flux(torch.device("cpu"))
     # FLUX's output layer starts at zero, through which no gradient passes.
-    torch.nn.init.normal_(denoiser.model.proj_out.weight, std=0.02)
+    torch.nn.init.normal_(denoiser.model.get_parameter("proj_out.weight"), std=0.02)
     latents = torch.randn(4, shapes_models.LATENT_CHANNELS, shapes_models.LATENT_SIZE, shapes_models.LATENT_SIZE)
     denoiser.loss(latents, text(*ids, torch.zeros(4, dtype=torch.bool))).backward()
     reached = {name: float(p.grad.norm()) for name, p in text.t5.named_parameters() if p.grad is not None}
