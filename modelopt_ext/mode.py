@@ -15,7 +15,7 @@ from torch import nn
 from .calibrate import calibrate_model
 from .calibrate.driver import ForwardLoop
 from .config import SegQuantCalibConfig
-from .nn import SegLayout, SegLinear, to_seg_linear
+from .nn import SegConv2d, SegLayout, SegLinear, to_seg_conv, to_seg_linear
 from .plan import SegmentPlan
 
 MODE = "segquant_calibrate"
@@ -46,7 +46,9 @@ def update(model: nn.Module, config: SegQuantCalibConfig, metadata: Metadata) ->
     """Bring the metadata up to the model's present state; plain types only, so that safe loading takes them."""
     update_quantize_metadata(model, config, metadata)
     metadata[METADATA_KEY]["layouts"] = {
-        name: module.layout.to_dict() for name, module in model.named_modules() if isinstance(module, SegLinear)
+        name: module.layout.to_dict()
+        for name, module in model.named_modules()
+        if isinstance(module, SegLinear | SegConv2d)
     }
 
 
@@ -68,11 +70,12 @@ def restore(model: nn.Module, config: SegQuantCalibConfig, metadata: Metadata) -
     problems = []
     for name, data in saved["layouts"].items():
         module = modules.get(name)
-        if not isinstance(module, nn.Linear):
-            problems.append(f"{name}: no such Linear")
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            problems.append(f"{name}: no such Linear or convolution")
             continue
+        segment = to_seg_linear if isinstance(module, nn.Linear) else to_seg_conv
         try:
-            to_seg_linear(module, SegLayout.from_dict(data))
+            segment(module, SegLayout.from_dict(data))
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -88,7 +91,7 @@ def restore(model: nn.Module, config: SegQuantCalibConfig, metadata: Metadata) -
 def _move_banks(model: nn.Module) -> None:
     """Put restored buffers beside their weights, also where the weight comes later (meta device, offloading)."""
     for module in model.modules():
-        if isinstance(module, SegLinear) and module.plain_weight.device != torch.device("meta"):
+        if isinstance(module, SegLinear | SegConv2d) and module.plain_weight.device != torch.device("meta"):
             module.input_quantizer.to(module.plain_weight.device)
             module.weight_quantizer.to(module.plain_weight.device)
 

@@ -9,7 +9,9 @@ import fnmatch
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,15 +23,18 @@ from tqdm import tqdm
 from ..config import GPTQConfig, SegQuantCalibConfig
 from ..dataflow import RecordFirstForward
 from ..formats import QuantFormat
-from ..nn import QuantizerBank, SegLinear, to_seg_linear
+from ..nn import QuantizerBank, SegConv2d, SegLinear, to_seg_conv, to_seg_linear
 from ..plan import LinearPlan, SegmentPlan, fold_names
 from ..presets import PER_TOKEN
+from .convolutions import segmentable_convolutions, solve_convolution
 from .generated_inputs import generated_forward_loop
 from .gptq import GPTQOptions
+from .other_quantizers import disable_uncalibrated, max_calibration, other_quantizers, uncalibrated
 from .polarity import affordable_second_products
 from .refine import LowRankOptions, RefineOptions
 from .search import LinearSolution, SearchOptions, solve_linear
 from .statistics import LinearStatistics, collect
+from .windows import WINDOWS, WindowStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +86,26 @@ def calibrate_model(
         ValueError: nothing to calibrate, data that is missing, broken or not finite, or a plan that does not fit; the
             model is then unchanged.
     """
-    layers = _without_excluded(_quantized_linears(model), config)
+    layers = _quantized_linears(model)
+    found = {
+        name: _Layer(name, model.get_submodule(name), *formats)
+        for name, formats in segmentable_convolutions(model).items()
+    }
+    if not layers and not found:
+        raise ValueError(
+            "segquant found no Linear with an enabled quantizer: call mtq.quantize(model, SEGQUANT_CFG, forward_loop) "
+            "on a model with nn.Linear layers, and check the patterns in quant_cfg"
+        )
+    others = other_quantizers(model, [layer.module for layer in (*layers.values(), *found.values())])
+    everything = _without_excluded({**layers, **found}, config)
+    layers, convolutions = ({name: everything[name] for name in kind} for kind in (layers, found))
     for layer in layers.values():
         _check_layer(layer, config.for_layer(layer.name))
+    for layer in convolutions.values():
+        _check_polarity(layer, config.for_layer(layer.name))
     synthetic = forward_loop is None
-    plan, statistics = _observe(model, layers, config, forward_loop, previous_plan)
+    plan, statistics = _observe(model, layers, convolutions, others, config, forward_loop, previous_plan)
+    seen_by_convolutions = {name: statistics.pop(name) for name in convolutions if name in statistics}
     layers = _with_embedder_policy(model, layers, config, list(statistics))
     layers = _without_uncalled(layers, statistics)
 
@@ -93,6 +113,13 @@ def calibrate_model(
         {
             name: seen.rows_seen * layers[name].module.in_features * layers[name].module.out_features
             for name, seen in statistics.items()
+        },
+        config.second_product_budget,
+    )
+    affordable |= affordable_second_products(
+        {
+            name: seen.rows_seen * convolutions[name].module.weight.numel()
+            for name, seen in seen_by_convolutions.items()
         },
         config.second_product_budget,
     )
@@ -121,7 +148,25 @@ def calibrate_model(
                 if solution.weight is not None:  # the model changes only once all layers are solved
                     solution.weight = solution.weight.to("cpu", weight.dtype)
                 solutions[layer.name] = solution
+        for name in tqdm(seen_by_convolutions, desc="SegQuant", unit="convolution", disable=not config.progress):
+            convolution = convolutions[name]
+            if convolution.input_format is None and convolution.weight_format is None:
+                continue
+            with enable_weight_access_and_writeback(convolution.module, model, modules, writeback=False):
+                weight = convolution.module._parameters["weight"].detach()
+                _check_finite(name, weight)
+                solutions[name] = solve_convolution(
+                    weight.to(_working_device(convolution.module, weight)),
+                    plan.convs.get(name) or (convolution.module.in_channels,),
+                    seen_by_convolutions[name],
+                    convolution.input_format,
+                    convolution.weight_format,
+                    _convolution_options(config.for_layer(name), weight.dtype, name in affordable),
+                    has_statistics=not synthetic,
+                )
         _apply(model, modules, layers, solutions)
+        _apply_convolutions(convolutions, solutions)
+        disable_uncalibrated(others)
     logger.info("segquant: %s", plan.summary())
     worst = sorted((solution.sqnr, name) for name, solution in solutions.items() if not math.isnan(solution.sqnr))[:5]
     logger.info("segquant: lowest output SQNR: %s", ", ".join(f"{name} {sqnr:.1f} dB" for sqnr, name in worst))
@@ -156,16 +201,11 @@ def _quantized_linears(model: nn.Module) -> dict[str, _Layer]:
         if not weight.is_meta:  # offloaded weights are looked at when they are fetched
             _check_finite(name, weight)
         layers[name] = _Layer(name, module, input_format, weight_format)
-    if not layers:
-        raise ValueError(
-            "segquant found no Linear with an enabled quantizer: call mtq.quantize(model, SEGQUANT_CFG, forward_loop) "
-            "on a model with nn.Linear layers, and check the patterns in quant_cfg"
-        )
     return layers
 
 
 def _without_excluded(layers: dict[str, _Layer], config: SegQuantCalibConfig) -> dict[str, _Layer]:
-    """Leave Linears in full precision that ``exclude`` names; check the patterns of ``layers`` on the way."""
+    """Leave layers in full precision that ``exclude`` names; check the patterns of ``layers`` on the way."""
     for field, patterns in (("exclude", config.exclude), ("layers", list(config.layers))):
         for pattern in patterns:
             if not fnmatch.filter(layers, pattern):
@@ -178,14 +218,18 @@ def _without_excluded(layers: dict[str, _Layer], config: SegQuantCalibConfig) ->
     }
 
 
-def _check_layer(layer: _Layer, config: SegQuantCalibConfig) -> None:
-    """Refuse settings that the layer's formats can't carry out, by name."""
-    activation, weight = layer.input_format, layer.weight_format
-    if config.polarity == "dual8" and activation is not None and not activation.is_integer:
+def _check_polarity(layer: _Layer, config: SegQuantCalibConfig) -> None:
+    if config.polarity == "dual8" and layer.input_format is not None and not layer.input_format.is_integer:
         raise ValueError(
             f"polarity='dual8' needs integer activations, {layer.name} has floating-point ones, whose sign bit "
             "can't be spared; use polarity='dual', 'shift' or 'auto'"
         )
+
+
+def _check_layer(layer: _Layer, config: SegQuantCalibConfig) -> None:
+    """Refuse settings that the layer's formats can't carry out, by name."""
+    activation, weight = layer.input_format, layer.weight_format
+    _check_polarity(layer, config)
     if layer.wants_rotation(config) and activation is not None and not activation.dynamic:
         raise ValueError(
             f"rotate needs dynamic activation scales, {layer.name} has static ones, which are calibrated channel by "
@@ -256,6 +300,18 @@ def _search_options(
     )
 
 
+def _convolution_options(config: SegQuantCalibConfig, storage: torch.dtype, affordable: bool) -> SearchOptions:
+    """The part of the settings that convolutions know: no rotation, low-rank branch or GPTQ."""
+    return SearchOptions(
+        polarity=config.polarity,
+        shift_per_channel=config.shift_granularity == "channel",
+        alphas=_alphas(config),
+        clips=config.clip_grid,
+        second_product=affordable if config.second_product is None else config.second_product,
+        storage=storage,
+    )
+
+
 def _alphas(config: SegQuantCalibConfig) -> tuple[float | None, ...]:
     if config.alpha == "search":
         return (None, *config.alpha_grid)
@@ -266,6 +322,8 @@ def _alphas(config: SegQuantCalibConfig) -> tuple[float | None, ...]:
 def _observe(
     model: nn.Module,
     layers: Mapping[str, _Layer],
+    convolutions: Mapping[str, _Layer],
+    others: Mapping[str, TensorQuantizer],
     config: SegQuantCalibConfig,
     forward_loop: ForwardLoop | None,
     previous_plan: SegmentPlan | None,
@@ -273,7 +331,8 @@ def _observe(
     """One pass: the plan from its first forward unless one is given, the statistics from all of it."""
     synthetic = forward_loop is None
     if forward_loop is None:
-        static = [layer.name for layer in layers.values() if layer.is_static]
+        static = [layer.name for layer in (*layers.values(), *convolutions.values()) if layer.is_static]
+        static += [name for name in uncalibrated(others) if not name.endswith("weight_quantizer")]
         if static or config.needs_statistics:
             reason = f"static activation scales ({static[0]}, ...)" if static else f"alpha={config.alpha!r}"
             if not static and config.alpha is None:
@@ -285,16 +344,13 @@ def _observe(
         forward_loop = generated_forward_loop(model)
     given = None if config.plan is None else SegmentPlan.from_dict(config.plan)
     known = given or previous_plan
-    modules = {name: layer.module for name, layer in layers.items()}
+    modules = {name: layer.module for name, layer in (*layers.items(), *convolutions.items())}
     recorder = RecordFirstForward(model, merge_heads=config.merge_heads)
 
     def run() -> None:
         assert forward_loop is not None
         try:
-            if known is None:
-                with recorder:
-                    forward_loop(model)
-            else:
+            with recorder if known is None else nullcontext(), max_calibration(model, others):
                 forward_loop(model)
         except Exception as error:
             source = "the forward on generated inputs" if synthetic else "forward_loop"
@@ -304,7 +360,9 @@ def _observe(
 
     if known is not None:
         known.check(model)
-    statistics = collect(model, modules, run, samples=1 if synthetic else config.rows_to_keep, seed=config.seed)
+    samples = 1 if synthetic else config.rows_to_keep
+    new = partial(_statistics, config.samples or WINDOWS)
+    statistics = collect(model, modules, run, samples=samples, seed=config.seed, new=new)
     if not statistics:
         raise ValueError(
             "forward_loop never ran a quantized Linear of the model: it gets the model as its argument and has to call "
@@ -323,12 +381,18 @@ def _observe(
         plan = plan.with_overrides(config.overrides)
     if not config.segments:
         plan = _uncut(plan)
-    if previous_plan is not None and plan.linears != previous_plan.linears:
+    if previous_plan is not None and (plan.linears, plan.convs) != (previous_plan.linears, previous_plan.convs):
         raise ValueError(
             "the model is segmented already, with another plan than this config asks for; load the original model "
             "again, or leave plan, overrides and segments as they were to calibrate it anew"
         )
     return plan, statistics
+
+
+def _statistics(windows: int, layer: nn.Module, samples: int, seed: int) -> LinearStatistics:
+    if isinstance(layer, nn.Conv2d):  # its rows are kernel-size times wider, and only the search reads them
+        return WindowStatistics(layer, min(samples, windows), seed)
+    return LinearStatistics(samples, seed)
 
 
 def _uncut(plan: SegmentPlan) -> SegmentPlan:
@@ -441,15 +505,32 @@ def _apply(
         for quantizer in (module.input_quantizer, module.weight_quantizer):
             quantizer._del_pytorch_state()
         if solution.is_stock and not isinstance(module, SegLinear):
-            for quantizer, found in (
-                (module.input_quantizer, solution.input_amax),
-                (module.weight_quantizer, solution.weight_amax),
-            ):
-                for amax in found.values():
-                    quantizer.amax = amax
-                quantizer.disable_rotate()  # asked for, but with an odd number of channels there is nothing to rotate
+            _fill_stock(module, solution)
             continue
         fill(to_seg_linear(module, solution.layout), solution)
+
+
+def _apply_convolutions(convolutions: Mapping[str, _Layer], solutions: Mapping[str, LinearSolution]) -> None:
+    wanted = [name for name, layer in convolutions.items() if (layer.input_format, layer.weight_format) != (None, None)]
+    uncalled = [name for name in wanted if name not in solutions]
+    if uncalled:
+        logger.warning(
+            "segquant: the calibration data never reached the convolutions %s; left in full precision",
+            fold_names(uncalled),
+        )
+    for name, convolution in convolutions.items():
+        module = convolution.module
+        if name not in solutions:
+            module.input_quantizer.disable()
+            module.weight_quantizer.disable()
+            continue
+        for quantizer in (module.input_quantizer, module.weight_quantizer):
+            quantizer._del_pytorch_state()
+        solution = solutions[name]
+        if solution.is_stock and not isinstance(module, SegConv2d):
+            _fill_stock(module, solution)
+        else:
+            fill_scales(to_seg_conv(module, solution.layout), solution)
 
 
 def _configure_input(quantizer: TensorQuantizer, fmt: QuantFormat | None) -> None:
@@ -458,8 +539,18 @@ def _configure_input(quantizer: TensorQuantizer, fmt: QuantFormat | None) -> Non
         quantizer.set_from_attribute_config({"axis": None, **PER_TOKEN})
 
 
-def fill(module: SegLinear, solution: LinearSolution) -> None:
-    """Write a solution into the banks of a SegLinear laid out for it."""
+def _fill_stock(module: Any, solution: LinearSolution) -> None:
+    for quantizer, found in (
+        (module.input_quantizer, solution.input_amax),
+        (module.weight_quantizer, solution.weight_amax),
+    ):
+        for amax in found.values():
+            quantizer.amax = amax
+        quantizer.disable_rotate()  # asked for, but with an odd number of channels there is nothing to rotate
+
+
+def fill_scales(module: SegLinear | SegConv2d, solution: LinearSolution) -> None:
+    """Write scales, smoothing and shift into the banks of a segmented layer laid out for the solution."""
     for bank, found in (
         (module.input_quantizer, solution.input_amax),
         (module.weight_quantizer, solution.weight_amax),
@@ -468,6 +559,11 @@ def fill(module: SegLinear, solution: LinearSolution) -> None:
         for name, amax in found.items():
             bank.block(name).amax = amax
     module.input_quantizer.set_buffer("_shift", solution.shift)
+
+
+def fill(module: SegLinear, solution: LinearSolution) -> None:
+    """Write a solution into a SegLinear laid out for it."""
+    fill_scales(module, solution)
     module.input_quantizer.set_buffer("_correction", solution.correction)
     module.weight_quantizer.set_buffer("_down", solution.down)
     module.weight_quantizer.set_buffer("_up", solution.up)

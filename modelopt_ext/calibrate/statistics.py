@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
@@ -22,6 +22,25 @@ from torch import Tensor, nn
 SPANS = 8
 # Fewer items a call may be one prompt with and without guidance, which are no two samples of the same thing.
 ITEMS_TO_SPLIT = 4
+
+
+class Rows(Protocol):
+    """A tensor (rows, channels), or what stands in for one too large to be made."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of rows, then of channels."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the rows."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+
+    def index_select(self, dim: int, index: Tensor, /) -> Tensor:
+        """Some rows, with ``dim`` 0."""
 
 
 @dataclass
@@ -168,18 +187,20 @@ class LinearStatistics:
         x = x.detach().reshape(x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1])
         if x.numel() == 0:
             return
-        even, odd = (RunningRange.of_call(_range_of(x[start::2] if len(x) > 1 else x)) for start in (0, 1))
-        self._items = min(self._items, len(x))
-        if self._alternate is not None:
-            even, odd = self._alternate[0] | even, self._alternate[1] | odd
-        self._alternate = even, odd
-        self._extend_range(RunningRange.of_call(_range_of(x)))
+        self._extend_ranges(x)
         items, tokens, channels = x.shape
         self._sample(x.reshape(-1, channels), torch.arange(items).repeat_interleave(tokens) % 2)
         self.rows_seen += items * tokens
         self.calls += 1
 
-    def _extend_range(self, seen: RunningRange) -> None:
+    def _extend_ranges(self, x: Tensor) -> None:
+        """Take in the ranges of one call, x (items, tokens, K)."""
+        even, odd = (RunningRange.of_call(_range_of(x[start::2] if len(x) > 1 else x)) for start in (0, 1))
+        self._items = min(self._items, len(x))
+        if self._alternate is not None:
+            even, odd = self._alternate[0] | even, self._alternate[1] | odd
+        self._alternate = even, odd
+        seen = RunningRange.of_call(_range_of(x))
         if self.calls % self._calls_a_span:
             self._spans[-1] |= seen
             return
@@ -188,7 +209,7 @@ class LinearStatistics:
             self._calls_a_span *= 2
         self._spans.append(seen)
 
-    def _sample(self, x: Tensor, parity: Tensor) -> None:
+    def _sample(self, x: Rows, parity: Tensor) -> None:
         # Every row draws a random key; the rows with the smallest keys stay. One pass, exact, independent of how the
         # rows are spread over calls, and most rows of a long pass are turned away before they are copied.
         keys = torch.rand(x.shape[0], generator=self._generator, dtype=torch.float64)
@@ -286,17 +307,28 @@ def full_precision(model: nn.Module) -> Iterator[None]:
             quantizer._if_quant, quantizer._if_calib, quantizer._rotate = if_quant, if_calib, rotation
 
 
+def _of_linear(layer: nn.Module, samples: int, seed: int) -> LinearStatistics:
+    return LinearStatistics(samples, seed)
+
+
 def collect(
-    model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], object], *, samples: int, seed: int
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    run: Callable[[], object],
+    *,
+    samples: int,
+    seed: int,
+    new: Callable[[nn.Module, int, int], LinearStatistics] = _of_linear,
 ) -> dict[str, LinearStatistics]:
     """Run the calibration data through the model in full precision and watch the inputs of ``layers``.
 
     Args:
         model: the model that ``run`` calls.
-        layers: name to Linear.
+        layers: name to Linear, or what else `new` makes statistics for.
         run: calls the model with all calibration data.
         samples: rows to keep a Linear.
         seed: of the row samples; a layer's sample depends on this, its name and its inputs alone.
+        new: makes the empty statistics of a layer from (layer, samples, seed).
 
     Returns:
         Statistics by name, of the layers that were called, in the order of their first call.
@@ -306,7 +338,7 @@ def collect(
     def watch(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in found:
             # crc32, not hash(): the latter differs from process to process.
-            found[name] = LinearStatistics(samples, seed=(seed << 32) ^ zlib.crc32(name.encode()))
+            found[name] = new(module, samples, (seed << 32) ^ zlib.crc32(name.encode()))
         found[name].update(args[0] if args else kwargs["input"])
 
     handles = [

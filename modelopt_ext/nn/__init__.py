@@ -1,16 +1,19 @@
-"""Segmented Linears and their banks of quantizers."""
+"""Segmented Linears and convolutions, and their banks of quantizers."""
 
 from .banks import InputBank, QuantizerBank, WeightBank
 from .layout import SegLayout, input_block, weight_block
+from .seg_conv import SegConv2d, to_seg_conv
 from .seg_linear import SegLinear, to_seg_linear
 
 __all__ = [
     "InputBank",
     "QuantizerBank",
+    "SegConv2d",
     "SegLayout",
     "SegLinear",
     "WeightBank",
     "input_block",
+    "to_seg_conv",
     "to_seg_linear",
     "weight_block",
 ]

@@ -1,0 +1,110 @@
+"""Quantizers that segquant leaves to ModelOpt: attention products (BMM), norms, grouped, 1-D and 3-D convolutions.
+
+A config may enable them beside the Linears'. They get what ModelOpt's ``max`` algorithm gives, the largest magnitude
+seen, by ModelOpt's own calibrators, during the pass that collects statistics for the Linears.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.model_calib import enable_stats_collection, finish_stats_collection
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from modelopt.torch.quantization.utils import enable_weight_access_and_writeback
+from torch import Tensor, nn
+
+from ..plan import fold_names
+
+logger = logging.getLogger(__name__)
+
+
+def other_quantizers(model: nn.Module, solved: Collection[nn.Module]) -> dict[str, TensorQuantizer]:
+    """The enabled quantizers by name, without those of the inputs and weights of ``solved``."""
+    ours = {
+        id(quantizer)
+        for module in solved
+        for bank in (module.input_quantizer, module.weight_quantizer)
+        for quantizer in bank.modules()  # type: ignore[union-attr]
+    }
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer) and module.is_enabled and id(module) not in ours
+    }
+
+
+@contextmanager
+def max_calibration(model: nn.Module, quantizers: Mapping[str, TensorQuantizer]) -> Iterator[None]:
+    """Inside, ``quantizers`` collect and round nothing; afterwards they hold the largest magnitudes that they saw.
+
+    Raises:
+        ValueError: what a quantizer reads holds NaN or infinity (raised by the forward inside).
+    """
+    if not quantizers:
+        yield
+        return
+    group = nn.ModuleList(quantizers.values())
+    handles = [
+        quantizer.register_forward_pre_hook(partial(_check_finite, name)) for name, quantizer in quantizers.items()
+    ]
+    enable_stats_collection(group)
+    try:
+        _collect_weights(model, {id(quantizer) for quantizer in quantizers.values()})
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        finish_stats_collection(group)
+
+
+def _check_finite(name: str, quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+    if args and isinstance(args[0], Tensor) and not torch.isfinite(args[0]).all():
+        raise ValueError(
+            f"what {name} reads holds NaN or infinity; check the calibration data and the model's dtype, float16 may "
+            "overflow"
+        )
+
+
+def _collect_weights(model: nn.Module, wanted: Collection[int]) -> None:
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        bank = getattr(module, "weight_quantizer", None)
+        if not isinstance(module, QuantModule) or bank is None or not any(id(q) in wanted for q in bank.modules()):
+            continue
+        with torch.no_grad(), enable_weight_access_and_writeback(module, model, modules, writeback=False):
+            for weight, quantizer in module.iter_weights_for_calibration():
+                quantizer(weight)
+
+
+def uncalibrated(quantizers: Mapping[str, TensorQuantizer]) -> list[str]:
+    """The quantizers that need a static scale and have none."""
+    return [
+        name
+        for name, quantizer in quantizers.items()
+        if not (quantizer._use_constant_amax or quantizer._constant_amax is not None or quantizer._dynamic)
+        and quantizer.amax is None
+    ]
+
+
+def disable_uncalibrated(quantizers: Mapping[str, TensorQuantizer]) -> None:
+    """Disable quantizers whose inputs were never seen, and those of the weights beside them, with a warning.
+
+    Without a scale they would find one at run time, in every call anew, which no deployment does.
+    """
+    unseen = uncalibrated(quantizers)
+    if not unseen:
+        return
+    for name in unseen:
+        quantizers[name].disable()
+        layer, _, kind = name.rpartition(".")
+        if kind == "input_quantizer" and f"{layer}.weight_quantizer" in quantizers:
+            quantizers[f"{layer}.weight_quantizer"].disable()
+    logger.warning(
+        "segquant: the calibration data never reached %s; left in full precision. Calibrate with inputs that use them",
+        fold_names(unseen),
+    )
