@@ -50,7 +50,7 @@ DROP_CAPTION = 0.1  # share of samples that are trained with the empty caption
 DROP_T5 = 0.1  # share of samples that are trained with zeros for the T5 states, where a pipeline may lack T5
 T5_LAYERS = 3  # of the T5 that is taught for FLUX
 T5_RATE = 0.15  # of the denoiser's learning rate, for a T5 that was taught: its attention is unscaled and easily upset
-WATCH_PROMPTS = 64
+WATCH_PROMPTS, WATCH_SEED = 64, 60_000  # none of the prompts that judge the result
 WATCH_SLACK = 0.05  # share of prompts by which a later state may be worse than the best before and still be kept
 SPARE_SECONDS = 35.0  # kept for judging and saving the final state
 SHORT_TEXT = 32  # tokens; every caption fits
@@ -478,7 +478,7 @@ class Keeper:
     def __init__(self, kind: str, vae: AutoencoderKL, folder: Path) -> None:
         self.kind, self.vae, self.folder = kind, vae, folder
         self.best = 0.0
-        self.prompts = score_shapes.unseen_prompts(WATCH_PROMPTS)
+        self.prompts = score_shapes.unseen_prompts(WATCH_PROMPTS, seed=WATCH_SEED)
 
     def __call__(self, trained: Trainee) -> None:
         """Judge a state and save it unless it is clearly worse than the best so far."""
