@@ -14,9 +14,10 @@ import modelopt.torch.quantization as mtq
 import modelopt.torch.quantization.config as mtq_config
 
 from . import presets
+from .calibrate.convolutions import with_convolutions
 from .config import SegQuantCalibConfig
 from .mode import plan_of
-from .nn import SegLinear
+from .nn import SegConv2d, SegLinear
 from .plan import LinearPlan, SegmentPlan
 from .presets import (
     SEGQUANT_CFG,
@@ -37,8 +38,10 @@ __all__ = [
     "SEGQUANT_INT8_DYNAMIC_CFG",
     "SEGQUANT_INT8_PER_TENSOR_CFG",
     "LinearPlan",
+    "SegConv2d",
     "SegLinear",
     "SegQuantCalibConfig",
     "SegmentPlan",
     "plan_of",
+    "with_convolutions",
 ]

@@ -356,6 +356,41 @@ def test_calibration_repeats(quantized: nn.Module):
     assert torch.equal(outputs(mtq.quantize(again, CONFIG, loop)), outputs(quantized)), "calibrated anew"
 
 
+class Straddled(nn.Module):
+    """A GroupNorm whose first group holds channels of both tensors in front of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.GroupNorm(2, C)
+        self.conv = nn.Conv2d(C, 8, 3, padding=1)
+        with torch.no_grad():
+            self.conv.weight[:, :4] /= 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x is (B, C, H, W)."""
+        return self.conv(F.silu(self.norm(torch.cat([x[:, :4] * 16, x[:, 4:]], dim=1))))
+
+
+def test_a_cut_inside_a_group_of_the_norm():
+    generator = torch.Generator().manual_seed(0)
+    data, unseen = torch.randn(6, 4, C, 8, 8, generator=generator), torch.randn(16, C, 8, 8, generator=generator)
+
+    def loop(model: nn.Module) -> None:
+        for batch in data:
+            model(batch)
+
+    def reached(**algorithm: Any) -> tuple[float, Any]:
+        config = changed(CONFIG, polarity="none", alpha=None, **algorithm)
+        with torch.no_grad():
+            model = mtq.quantize(Straddled(), config, loop)
+            return sqnr(Straddled()(unseen), model(unseen)), modelopt_ext.plan_of(model).convs
+
+    (cut, plan), (uncut, _) = reached(), reached(segments=False)
+    assert plan == {"conv": (4, 8)}
+    assert cut > uncut + 1, (cut, uncut)
+
+
 def test_presets_leave_convolutions_alone():
     unet = mtq.quantize(tiny_unet(), changed(modelopt_ext.SEGQUANT_CFG, progress=False), loop)
     for module in unet.modules():

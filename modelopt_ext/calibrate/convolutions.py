@@ -42,7 +42,7 @@ POLAR_NEGATIVES = 0.25
 def with_convolutions(config: Mapping[str, Any], num_bits: int | tuple[int, int] = 8) -> dict[str, Any]:
     """A copy of a config that also quantizes 2-D convolutions: weights per output channel, static activations.
 
-        mtq.quantize(unet, with_convolutions(modelopt_ext.SEGQUANT_CFG), forward_loop)
+        mtq.quantize(unet, modelopt_ext.with_convolutions(modelopt_ext.SEGQUANT_CFG), forward_loop)
 
     Args:
         config: a ModelOpt config, a SegQuant preset say. Entries that exclude layers exclude convolutions, too.
