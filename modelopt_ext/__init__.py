@@ -19,24 +19,14 @@ from .config import SegQuantCalibConfig
 from .mode import plan_of
 from .nn import SegConv2d, SegLinear
 from .plan import LinearPlan, SegmentPlan
-from .presets import (
-    SEGQUANT_CFG,
-    SEGQUANT_FP8_CFG,
-    SEGQUANT_INT8_CFG,
-    SEGQUANT_INT8_DYNAMIC_CFG,
-    SEGQUANT_INT8_PER_TENSOR_CFG,
-)
+from .presets import *  # noqa: F403 (its __all__ is the list of presets)
 
 for _name, _preset in presets.PRESETS.items():
     setattr(mtq, _name, _preset)
     mtq_config.choices.add(_name)
 
 __all__ = [
-    "SEGQUANT_CFG",
-    "SEGQUANT_FP8_CFG",
-    "SEGQUANT_INT8_CFG",
-    "SEGQUANT_INT8_DYNAMIC_CFG",
-    "SEGQUANT_INT8_PER_TENSOR_CFG",
+    *presets.__all__,
     "LinearPlan",
     "SegConv2d",
     "SegLinear",

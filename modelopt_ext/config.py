@@ -178,10 +178,13 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
     bias_correction: bool = ModeloptField(
         default=False, title="Add minus the mean output error of every Linear to its bias."
     )
-    second_product: bool | None = ModeloptField(
+    second_product: bool | Literal["polar"] | None = ModeloptField(
         default=None,
         title="Whether polarity='auto' may split by sign.",
-        description="None lets `second_product_budget` decide; for use in `layers`.",
+        description=(
+            "None lets `second_product_budget` decide. 'polar' allows it on every segment after SiLU, GELU and gated "
+            "products, as DualScale does, and within the budget elsewhere; for few bits."
+        ),
     )
     exclude: list[str] = Field(
         default_factory=list,

@@ -29,28 +29,117 @@ def linear_only(weight: dict[str, Any], activation: dict[str, Any] | None, **alg
 __all__ = [
     "SEGQUANT_CFG",
     "SEGQUANT_FP8_CFG",
+    "SEGQUANT_FP8_PER_TENSOR_CFG",
+    "SEGQUANT_FP8_PER_TOKEN_CFG",
+    "SEGQUANT_FP8_SVD_CFG",
     "SEGQUANT_INT8_CFG",
     "SEGQUANT_INT8_DYNAMIC_CFG",
     "SEGQUANT_INT8_PER_TENSOR_CFG",
+    "SEGQUANT_INT8_PER_TOKEN_CFG",
+    "SEGQUANT_INT8_SVD_CFG",
+    "SEGQUANT_NVFP4_CFG",
+    "SEGQUANT_W4A4_CFG",
+    "SEGQUANT_W4A8_CFG",
+    "SEGQUANT_W4A8_FP8_CFG",
+    "SEGQUANT_W4A8_GROUP_CFG",
+    "SEGQUANT_W4A16_CFG",
+    "SEGQUANT_W8A16_CFG",
 ]
 
-PER_TOKEN = {"block_sizes": {-1: None, "type": "dynamic"}, "type": "dynamic"}
+PER_TOKEN: dict[str, Any] = {"block_sizes": {-1: None, "type": "dynamic"}, "type": "dynamic"}
+
+_FP8 = (4, 3)
+_NVFP4: dict[str, Any] = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+_INT4_GROUPS: dict[str, Any] = {"num_bits": 4, "block_sizes": {-1: 32, "type": "static"}}
+_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+# Beside 8-bit codes a tenth of the smaller side is enough; it costs 2 % of the multiply-adds of a wide model.
+_THIN_BRANCH = {"rank": 32, "max_share": 0.1}
+# Beside 4-bit codes the branch is fitted to their error several times over.
+_BRANCH = {"rank": 64, "max_share": 0.25, "refits": 4}
 
 SEGQUANT_INT8_CFG = linear_only({"num_bits": 8, "axis": 0}, {"num_bits": 8, "axis": None}, embedders="per_token")
 """W8A8: weight scales per output channel, one static activation scale per segment; per token in the embedders."""
+
+SEGQUANT_INT8_SVD_CFG = linear_only(
+    {"num_bits": 8, "axis": 0},
+    {"num_bits": 8, "axis": None},
+    embedders="per_token",
+    gptq=True,
+    low_rank=_THIN_BRANCH,
+)
+"""W8A8 as SEGQUANT_INT8_CFG, GPTQ and a thin 16-bit branch on top: the best static INT8, a few percent slower."""
 
 SEGQUANT_INT8_PER_TENSOR_CFG = linear_only(
     {"num_bits": 8, "axis": None}, {"num_bits": 8, "axis": None}, polarity="dual"
 )
 """W8A8 as in the SegQuant paper: one weight scale and one static activation scale per block, DualScale."""
 
+SEGQUANT_INT8_PER_TOKEN_CFG = linear_only({"num_bits": 8, "axis": 0}, {"num_bits": 8, **PER_TOKEN}, gptq=True)
+"""W8A8 with activation scales per token, found at run time, and weights rounded by GPTQ."""
+
 SEGQUANT_INT8_DYNAMIC_CFG = linear_only({"num_bits": 8, "axis": 0}, {"num_bits": 8, **PER_TOKEN}, alpha=None)
 """W8A8 with activation scales per token, found at run time: works without calibration data."""
 
 SEGQUANT_FP8_CFG = linear_only(
-    {"num_bits": (4, 3), "axis": None}, {"num_bits": (4, 3), "axis": None}, embedders="per_token"
+    {"num_bits": _FP8, "axis": 0}, {"num_bits": _FP8, "axis": None}, embedders="per_token", gptq=True
 )
-"""FP8 E4M3: one weight scale and one static activation scale per block; per token in the embedders."""
+"""FP8 E4M3: weight scales per output channel, one static activation scale per segment, weights rounded by GPTQ."""
+
+SEGQUANT_FP8_SVD_CFG = linear_only(
+    {"num_bits": _FP8, "axis": 0},
+    {"num_bits": _FP8, "axis": None},
+    embedders="per_token",
+    gptq=True,
+    low_rank=_THIN_BRANCH,
+)
+"""FP8 E4M3 as SEGQUANT_FP8_CFG with a thin 16-bit branch: the best static FP8, a few percent slower."""
+
+SEGQUANT_FP8_PER_TENSOR_CFG = linear_only(
+    {"num_bits": _FP8, "axis": None}, {"num_bits": _FP8, "axis": None}, embedders="per_token"
+)
+"""FP8 E4M3: one weight scale and one static activation scale per block, no GPTQ."""
+
+SEGQUANT_FP8_PER_TOKEN_CFG = linear_only({"num_bits": _FP8, "axis": 0}, {"num_bits": _FP8, **PER_TOKEN}, gptq=True)
+"""FP8 E4M3 with activation scales per token, found at run time."""
+
+SEGQUANT_W4A8_CFG = linear_only(
+    {"num_bits": 4, "axis": 0},
+    {"num_bits": 8, **PER_TOKEN},
+    gptq=True,
+    low_rank=_BRANCH,
+    weight_clip_grid=_CLIPS,
+)
+"""INT4 weights with one scale per output channel, INT8 activations per token, GPTQ and a low-rank branch."""
+
+SEGQUANT_W4A8_GROUP_CFG = linear_only(
+    _INT4_GROUPS, {"num_bits": 8, **PER_TOKEN}, gptq=True, low_rank=_BRANCH, weight_clip_grid=_CLIPS
+)
+"""INT4 weights with one scale per 32 channels, INT8 activations per token, GPTQ and a low-rank branch."""
+
+SEGQUANT_W4A8_FP8_CFG = linear_only(
+    _INT4_GROUPS, {"num_bits": _FP8, **PER_TOKEN}, gptq=True, low_rank=_BRANCH, weight_clip_grid=_CLIPS
+)
+"""INT4 weights with one scale per 32 channels, FP8 activations per token, GPTQ and a low-rank branch."""
+
+SEGQUANT_W4A4_CFG = linear_only(
+    {"num_bits": 4, "axis": 0},
+    {"num_bits": 4, **PER_TOKEN},
+    second_product="polar",
+    rotate="search",
+    gptq=True,
+    low_rank=_BRANCH,
+    weight_clip_grid=_CLIPS,
+)
+"""INT4 weights and activations, per output channel and per token: rotated or split by sign, GPTQ, low-rank branch."""
+
+SEGQUANT_W4A16_CFG = linear_only(_INT4_GROUPS, None, gptq=True, weight_clip_grid=_CLIPS)
+"""Weight-only INT4, one scale per 32 channels, GPTQ."""
+
+SEGQUANT_W8A16_CFG = linear_only({"num_bits": 8, "axis": 0}, None, gptq=True)
+"""Weight-only INT8, one scale per output channel, GPTQ."""
+
+SEGQUANT_NVFP4_CFG = linear_only(_NVFP4, _NVFP4, low_rank=_BRANCH)
+"""NVFP4 weights and activations with a low-rank branch; needs a GPU."""
 
 SEGQUANT_CFG = SEGQUANT_INT8_CFG
 

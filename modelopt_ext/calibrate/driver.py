@@ -286,7 +286,8 @@ def _search_options(
         alphas=_alphas(config),
         ranges=config.activation_ranges,
         clips=config.clip_grid,
-        second_product=affordable if config.second_product is None else config.second_product,
+        second_product=affordable if config.second_product in (None, "polar") else bool(config.second_product),
+        second_product_if_polar=config.second_product == "polar",
         rotate=layer.wants_rotation(config),
         refine=RefineOptions(
             low_rank=branch,
@@ -307,7 +308,8 @@ def _convolution_options(config: SegQuantCalibConfig, storage: torch.dtype, affo
         shift_per_channel=config.shift_granularity == "channel",
         alphas=_alphas(config),
         clips=config.clip_grid,
-        second_product=affordable if config.second_product is None else config.second_product,
+        second_product=affordable if config.second_product in (None, "polar") else bool(config.second_product),
+        second_product_if_polar=config.second_product == "polar",
         storage=storage,
     )
 

@@ -404,8 +404,8 @@ def _changes(group: Group, options: RefineOptions) -> list[dict[str, Any]]:
         changes.append({"gptq": True})
     if options.correct_activations:
         changes.append({"correct": True})
-    if options.low_rank is not None:
-        changes += [{"refits": count + 1} for count in range(options.rounds)]
+    if options.low_rank is not None and options.rounds:
+        changes.append({"refits": options.rounds})
     if options.bias_correction:
         changes.append({"bias": True})
     return changes

@@ -47,6 +47,7 @@ class SearchOptions:
         ranges: kinds of ranges to try for smoothing and static scales, see :meth:`Sample.select`.
         clips: shares of the calibrated range to try as the range of static activation scales.
         second_product: whether ``auto`` may split activations by sign, at the cost of a second product.
+        second_product_if_polar: whether it may on polar segments in any case.
         rotate: whether segments are rotated; "search" decides by the output error.
         refine: what is done to the weights afterwards.
         storage: every number chosen is exact in this dtype. With that of the model, casting all its tensors to it, as
@@ -59,6 +60,7 @@ class SearchOptions:
     ranges: tuple[str, ...] = ("max",)
     clips: tuple[float, ...] = (1.0,)
     second_product: bool = False
+    second_product_if_polar: bool = False
     rotate: bool | str = False
     refine: RefineOptions = field(default_factory=RefineOptions)
     storage: torch.dtype = torch.float32
@@ -396,7 +398,7 @@ def _solve_segment(
     treatments = candidates(
         options.polarity,
         polar=polar,
-        affordable=options.second_product,
+        affordable=options.second_product or (polar and options.second_product_if_polar),
         fmt=input_format,
         has_statistics=has_statistics,
         rotate=options.rotate,
