@@ -248,6 +248,7 @@ def table_rows() -> dict[str, Row]:
 
 
 QUICK_ROWS = (
+    "ModelOpt INT8_DEFAULT_CFG",
     "ModelOpt INT8_SMOOTHQUANT_CFG",
     "plain W8A8 static",
     "plain W8A16",
@@ -823,7 +824,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--resume", action="store_true", help="go on with the file of an earlier run")
     parser.add_argument("--print", action="store_true", help="print the table of that file, measure nothing")
     parser.add_argument("--list", action="store_true", help="list the rows and their formats")
-    parser.add_argument("--quick", action="store_true", help="six rows, three seeds, little data")
+    parser.add_argument("--quick", action="store_true", help="seven rows, little data")
     parser.add_argument("--per-layer", action="store_true", help="count Linears that GPTQ, low rank and search help")
     parser.add_argument("--formats", nargs="+", choices=list(PER_LAYER_FORMATS), default=list(PER_LAYER_FORMATS))
     options = parser.parse_args(arguments)
