@@ -482,12 +482,12 @@ def test_bad_activations_are_named(original: nn.Module, model: nn.Module):
 
 
 def test_model_without_linears():
-    model = nn.Sequential(nn.Conv2d(3, 3, 3))
+    model = nn.Sequential(nn.Conv1d(3, 3, 3))
     with pytest.raises(RuntimeError, match="no weight quantizer is enabled"):  # ModelOpt's own check
-        mtq.quantize(model, modelopt_ext.SEGQUANT_CFG, lambda m: m(torch.zeros(1, 3, 8, 8)))
-    mtq.quantize(model, mtq.INT8_DEFAULT_CFG, lambda m: m(torch.rand(1, 3, 8, 8)))
+        mtq.quantize(model, modelopt_ext.SEGQUANT_CFG, lambda m: m(torch.zeros(1, 3, 8)))
+    mtq.quantize(model, mtq.INT8_DEFAULT_CFG, lambda m: m(torch.rand(1, 3, 8)))
     with pytest.raises(ValueError, match="found no Linear with an enabled quantizer"):
-        mtq.calibrate(model, {"method": "segquant"}, lambda m: m(torch.zeros(1, 3, 8, 8)))
+        mtq.calibrate(model, {"method": "segquant"}, lambda m: m(torch.zeros(1, 3, 8)))
 
 
 def test_uncalled_linear_is_reported_and_left_alone(caplog: pytest.LogCaptureFixture):
