@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
                     for name in environment:
                         del os.environ[name]
 
-    samples = modelopt_ext.SegQuantCalibConfig().samples
+    samples = modelopt_ext.SegQuantCalibConfig().rows_to_keep
     weights = sum(parameter.nbytes for parameter in pipeline.transformer.parameters()) / MIB
     print(f"{len(trajectories)} calls of batch {len(trajectories[0].output)}, weights {weights:.1f} MiB")
     print("| | seconds | peak above the model, MiB |\n|---|---|---|")

@@ -85,7 +85,7 @@ def quantizers(model: nn.Module) -> Iterator[TensorQuantizer]:
         ("SEGQUANT_INT8_CFG", 36),
         ("SEGQUANT_INT8_PER_TENSOR_CFG", 34),
         ("SEGQUANT_INT8_DYNAMIC_CFG", 38),
-        ("SEGQUANT_FP8_CFG", 27),
+        ("SEGQUANT_FP8_CFG", 26),
     ],
 )
 def test_presets(original: nn.Module, model: nn.Module, preset: str, bound: float):
@@ -549,8 +549,8 @@ def test_plan_of_another_model_is_refused(original: nn.Module, model: nn.Module)
 
 
 def test_formats_that_segments_cannot_carry_are_named(original: nn.Module, model: nn.Module):
-    config = linear_only({"num_bits": 4, "block_sizes": {-1: 16}}, None)
-    with pytest.raises(ValueError, match=r"weight_quantizer: block_sizes=.* use axis=0"):
+    config = linear_only({"num_bits": 4, "block_sizes": {-1: 16, -2: 16}}, None)
+    with pytest.raises(ValueError, match=r"weight_quantizer: block_sizes=.* groups are for static integer weights"):
         mtq.quantize(model, quiet(config), CALIBRATION)
     sequence = linear_only({"num_bits": 8, "axis": 0}, None)
     sequence["quant_cfg"][1]["cfg"] = [{"num_bits": 4, "axis": 0}, {"num_bits": 8, "axis": 0}]

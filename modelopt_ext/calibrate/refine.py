@@ -96,6 +96,10 @@ class RefineOptions:
     bias_correction: bool = False
     rounds: int = 1
 
+    def without_fitting(self) -> RefineOptions:
+        """Only what does not take its numbers from the rows."""
+        return replace(self, gptq=None, correct_activations=False, bias_correction=False, rounds=0)
+
     @property
     def does_nothing(self) -> bool:
         """True when the weight's own scales and nearest codes are the answer."""

@@ -255,6 +255,7 @@ def _refine(
     if solution.shift is not None:
         rows, unquantized = rows - solution.shift, unquantized - solution.shift
     first = statistics.first_half()
+    stages = options.refine if statistics.can_fit_weights else options.refine.without_fitting()
     stored, solved = weight.clone(), []
     signal = noise = 0.0
     for index, out in enumerate(layout.out_slices):
@@ -270,7 +271,7 @@ def _refine(
         )
         seen = _rows_of(group, rows, unquantized, layout.polarity, input_format, [c.input_amax[index] for c in chosen])
         halves = None if first is None else (seen.select(first.to(device)), seen.select(~first.to(device)))
-        found = refine_group(group, seen, halves, options.refine)
+        found = refine_group(group, seen, halves, stages)
         signal += float(seen.target.square().sum())
         noise += found.noise(seen)
         if found.replaced:

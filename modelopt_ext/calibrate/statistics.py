@@ -22,6 +22,8 @@ from torch import Tensor, nn
 SPANS = 8
 # Fewer items a call may be one prompt with and without guidance, which are no two samples of the same thing.
 ITEMS_TO_SPLIT = 4
+# Different rows that a Linear with one row an item needs for each of its channels before weights are fitted to them.
+ROWS_A_CHANNEL = 4
 
 
 class Rows(Protocol):
@@ -115,6 +117,11 @@ class Sample:
     seen: RunningRange
     source: Tensor
 
+    @property
+    def range(self) -> ChannelRange:
+        """The full range of those calls."""
+        return self.seen.range
+
     def select(self, channels: slice, device: torch.device, kind: str = "max") -> RangedRows:
         """Some channels, on ``device``, rows in float32, with a range of one kind.
 
@@ -174,6 +181,7 @@ class LinearStatistics:
     _calls_a_span: int = 1
     _alternate: tuple[RunningRange, RunningRange] | None = None
     _items: int = ITEMS_TO_SPLIT
+    _tokens: int = 0
     _keys: Tensor | None = None
     _origin: Tensor | None = None
     _generator: torch.Generator = field(default_factory=torch.Generator)
@@ -197,6 +205,7 @@ class LinearStatistics:
         """Take in the ranges of one call, x (items, tokens, K)."""
         even, odd = (RunningRange.of_call(_range_of(x[start::2] if len(x) > 1 else x)) for start in (0, 1))
         self._items = min(self._items, len(x))
+        self._tokens = max(self._tokens, x.shape[1])
         if self._alternate is not None:
             even, odd = self._alternate[0] | even, self._alternate[1] | odd
         self._alternate = even, odd
@@ -269,6 +278,18 @@ class LinearStatistics:
             first, second = (reduce(RunningRange.__or__, half) for half in (self._spans[:middle], self._spans[middle:]))
         halves = self.rows[in_first], self.rows[~in_first]
         return [Sample(halves[0], second, halves[1]), Sample(halves[1], first, halves[0])]
+
+    @property
+    def can_fit_weights(self) -> bool:
+        """Whether the rows are diverse enough to fit weights to them.
+
+        Where a call has one row an item (AdaLN, embedders of time and text), all rows of one timestep are nearly equal:
+        weights fitted to the few timesteps of calibration go wrong at others, by 5 dB on a trained model, and no rows
+        of calibration show it. So such a Linear needs four times as many different rows as it has channels.
+        """
+        if self.rows is None or self._tokens > 1:
+            return self.rows is not None
+        return len(self.rows.unique(dim=0)) >= ROWS_A_CHANNEL * self.rows.shape[1]
 
     def first_half(self) -> Tensor | None:
         """Which of :attr:`rows` belong to the first of the two halves of :meth:`folds`, (R,) boolean.
