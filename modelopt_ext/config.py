@@ -206,6 +206,26 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
         ),
     )
     seed: int = ModeloptField(default=0, ge=0, title="Seed of the row samples.")
+    sequential: bool = ModeloptField(
+        default=False,
+        title="Solve block after block, each on what the quantized blocks before it give.",
+        description=(
+            "Blocks are the items of the model's outermost ModuleLists; the Linears of a block are solved together. "
+            "Costs about half a pass over the calibration data more for every block. The same as ModelOpt's "
+            "layerwise={'enable': True, 'get_qdq_activations_from_prev_layer': True}. With layerwise={'enable': True} "
+            "alone every block is solved on full-precision inputs, as without. layerwise's 'checkpoint_dir' keeps the "
+            "solutions of finished blocks: a run that was killed goes on from there when started again."
+        ),
+    )
+    device: str | None = ModeloptField(
+        default=None,
+        title="Device to solve layers on, e.g. 'cuda'.",
+        description=(
+            "None takes the one where each layer runs. For models on the CPU: each weight and its row sample go to "
+            "this device, one layer at a time, and what is found comes back. Where the model runs is up to the model "
+            "and accelerate (`device_map`, `enable_sequential_cpu_offload`, `cpu_offload`)."
+        ),
+    )
     plan: dict[str, Any] | None = ModeloptField(
         default=None,
         title="Segment plan to use instead of recording one.",
@@ -260,12 +280,9 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
         return value
 
     @model_validator(mode="after")
-    def _no_layerwise(self) -> SegQuantCalibConfig:
-        if self.layerwise.enable:
-            raise ValueError(
-                "segquant makes one pass over the whole model: leave layerwise.enable=False; "
-                "memory is bounded by `samples`, and accelerate's offloading works during calibration"
-            )
+    def _layerwise_as_we_do_it(self) -> SegQuantCalibConfig:
+        if self.layerwise.enable and self.layerwise.save_every != 1:
+            raise ValueError("segquant saves every stage, whose file is small: leave layerwise.save_every=1")
         return self
 
     @model_validator(mode="after")
@@ -289,6 +306,16 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
             if fnmatchcase(name, pattern):
                 changes |= fields
         return self._changed(changes) if changes else self
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether blocks are solved one after the other."""
+        return self.sequential or self.layerwise.enable
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether blocks read what the quantized blocks before them give."""
+        return self.sequential or (self.layerwise.enable and self.layerwise.get_qdq_activations_from_prev_layer)
 
     @property
     def fits_weights(self) -> bool:

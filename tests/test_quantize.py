@@ -520,7 +520,7 @@ def test_uncalled_linear_is_reported_and_left_alone(caplog: pytest.LogCaptureFix
         ({"polarity": "triple"}, "polarity"),
         ({"colour": "red"}, "colour"),
         ({"plan": {"linears": {}}}, "not a segment plan"),
-        ({"layerwise": {"enable": True}}, "leave layerwise.enable=False"),
+        ({"layerwise": {"enable": True, "save_every": 2}}, "leave layerwise.save_every=1"),
     ],
 )
 def test_impossible_settings(model: nn.Module, fields: dict, message: str):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,6 @@ import torch
 from modelopt.torch.quantization.nn import SVDQuantLinear, TensorQuantizer
 from modelopt.torch.quantization.utils import enable_weight_access_and_writeback, is_quantized_linear
 from torch import nn
-from tqdm import tqdm
 
 from ..config import GPTQConfig, SegQuantCalibConfig
 from ..dataflow import RecordFirstForward
@@ -26,14 +25,19 @@ from ..formats import QuantFormat
 from ..nn import QuantizerBank, SegConv2d, SegLinear, to_seg_conv, to_seg_linear
 from ..plan import LinearPlan, SegmentPlan, fold_names
 from ..presets import PER_TOKEN
+from .checkpoint import fingerprint, parameters_fingerprint, weight_checksum
 from .convolutions import segmentable_convolutions, solve_convolution
 from .generated_inputs import generated_forward_loop
 from .gptq import GPTQOptions
 from .other_quantizers import disable_uncalibrated, max_calibration, other_quantizers, uncalibrated
 from .polarity import affordable_second_products
+from .recorded_calls import RecordedCalls
 from .refine import LowRankOptions, RefineOptions
 from .search import LinearSolution, SearchOptions, solve_linear
+from .sequential import solve_stages
+from .stages import Stage, stages_of
 from .statistics import LinearStatistics, collect
+from .weights import write_weight
 from .windows import WINDOWS, WindowStatistics
 
 logger = logging.getLogger(__name__)
@@ -54,6 +58,10 @@ class _Layer:
         """The config's word, or ModelOpt's own attribute on either quantizer."""
         asked = any(q.rotate_is_enabled for q in (self.module.input_quantizer, self.module.weight_quantizer))
         return True if asked else config.rotate
+
+    @property
+    def is_quantized(self) -> bool:
+        return (self.input_format, self.weight_format) != (None, None)
 
     @property
     def is_static(self) -> bool:
@@ -104,7 +112,14 @@ def calibrate_model(
     for layer in convolutions.values():
         _check_polarity(layer, config.for_layer(layer.name))
     synthetic = forward_loop is None
-    plan, statistics = _observe(model, layers, convolutions, others, config, forward_loop, previous_plan)
+    calls = None
+    if config.is_sequential:
+        if synthetic:
+            raise ValueError("sequential calibration needs data: pass forward_loop, or leave sequential=False")
+        modules = {name: layer.module for name, layer in (*layers.items(), *convolutions.items())}
+        calls = RecordedCalls(model, modules)
+    plan, statistics = _observe(model, layers, convolutions, others, config, forward_loop, previous_plan, calls)
+    called = list(statistics)
     seen_by_convolutions = {name: statistics.pop(name) for name in convolutions if name in statistics}
     layers = _with_embedder_policy(model, layers, config, list(statistics))
     layers = _without_uncalled(layers, statistics)
@@ -123,54 +138,166 @@ def calibrate_model(
         },
         config.second_product_budget,
     )
-    modules = dict(model.named_modules())
-    solutions: dict[str, LinearSolution] = {}
+    reached = {name: convolutions[name] for name in seen_by_convolutions}
+    solver = _Solver(model, layers, reached, plan, config, affordable, synthetic)
+    stages = _stages(model, solver.wanted, called, config)
     with torch.no_grad():
-        for layer in tqdm(list(layers.values()), desc="SegQuant", unit="layer", disable=not config.progress):
-            if layer.input_format is None and layer.weight_format is None:
-                continue
-            with enable_weight_access_and_writeback(layer.module, model, modules, writeback=False):
-                weight = _plain_weight(layer)
-                linear_plan = plan.linears.get(layer.name) or LinearPlan.trivial(weight.shape[1], weight.shape[0])
-                options = _search_options(layer, linear_plan, config, weight.dtype, layer.name in affordable)
-                try:
-                    solution = solve_linear(
-                        weight.to(_working_device(layer.module, weight)),
-                        linear_plan,
-                        statistics.get(layer.name) or _unseen(weight),
-                        layer.input_format,
-                        layer.weight_format,
-                        options,
-                        has_statistics=not synthetic and layer.name in statistics,
-                    )
-                except ValueError as error:
-                    raise ValueError(f"{layer.name}: {error}") from error
-                if solution.weight is not None:  # the model changes only once all layers are solved
-                    solution.weight = solution.weight.to("cpu", weight.dtype)
-                solutions[layer.name] = solution
-        for name in tqdm(seen_by_convolutions, desc="SegQuant", unit="convolution", disable=not config.progress):
-            convolution = convolutions[name]
-            if convolution.input_format is None and convolution.weight_format is None:
-                continue
-            with enable_weight_access_and_writeback(convolution.module, model, modules, writeback=False):
-                weight = convolution.module._parameters["weight"].detach()
-                _check_finite(name, weight)
-                solutions[name] = solve_convolution(
-                    weight.to(_working_device(convolution.module, weight)),
-                    plan.convs.get(name) or (convolution.module.in_channels,),
-                    seen_by_convolutions[name],
-                    convolution.input_format,
-                    convolution.weight_format,
-                    _convolution_options(config.for_layer(name), weight.dtype, name in affordable),
-                    has_statistics=not synthetic,
-                )
-        _apply(model, modules, layers, solutions)
-        _apply_convolutions(convolutions, solutions)
+        statistics |= seen_by_convolutions
+        solutions = solve_stages(solver, stages, statistics, calls)
+        _leave_unsolved(layers, convolutions, solutions)
         disable_uncalibrated(others)
     logger.info("segquant: %s", plan.summary())
     worst = sorted((solution.sqnr, name) for name, solution in solutions.items() if not math.isnan(solution.sqnr))[:5]
     logger.info("segquant: lowest output SQNR: %s", ", ".join(f"{name} {sqnr:.1f} dB" for sqnr, name in worst))
     return Calibration(plan, solutions)
+
+
+def _stages(
+    model: nn.Module, wanted: Collection[str], called: Sequence[str], config: SegQuantCalibConfig
+) -> list[Stage]:
+    """The stages to solve; a single one unless the config asks for more."""
+    seen = [name for name in called if name in wanted]
+    unseen = tuple(name for name in wanted if name not in called)
+    if not config.by_blocks:
+        return [Stage("model", (*seen, *unseen))]
+    stages = stages_of(model, seen)
+    return [*stages, Stage("not called", unseen)] if unseen else stages
+
+
+class _Solver:
+    """Solves the layers of a model one by one, and changes them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, _Layer],
+        convolutions: Mapping[str, _Layer],
+        plan: SegmentPlan,
+        config: SegQuantCalibConfig,
+        affordable: Collection[str],
+        synthetic: bool,
+    ) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.config = config
+        self.new_statistics: Callable[[nn.Module, int, int], LinearStatistics] = partial(
+            _statistics, config.samples or WINDOWS
+        )
+        self._linears = {name: layer for name, layer in linears.items() if layer.is_quantized}
+        self._convolutions = {name: layer for name, layer in convolutions.items() if layer.is_quantized}
+        self._plan = plan
+        self._affordable = affordable
+        self._synthetic = synthetic
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the layers to solve."""
+        return *self._linears, *self._convolutions
+
+    def solve(
+        self, name: str, statistics: LinearStatistics | None, reference: torch.Tensor | None = None
+    ) -> LinearSolution:
+        """Solve one layer.
+
+        Args:
+            name: of a Linear or convolution.
+            statistics: of its inputs; None if it was never called.
+            reference: see :func:`solve_linear`.
+
+        Returns:
+            The solution, its weight on the CPU and everything else where the layer runs.
+        """
+        module = self.modules[name]
+        with enable_weight_access_and_writeback(module, self.model, self.modules, writeback=False):
+            if name in self._linears:
+                solution = self._solve_linear(self._linears[name], statistics, reference)
+            else:
+                assert statistics is not None
+                solution = self._solve_convolution(self._convolutions[name], statistics)
+        self.to_layers({name: solution})
+        return solution
+
+    def _solve_linear(
+        self, layer: _Layer, statistics: LinearStatistics | None, reference: torch.Tensor | None
+    ) -> LinearSolution:
+        weight = _plain_weight(layer)
+        linear_plan = self._plan.linears.get(layer.name) or LinearPlan.trivial(weight.shape[1], weight.shape[0])
+        options = _search_options(layer, linear_plan, self.config, weight.dtype, layer.name in self._affordable)
+        try:
+            solution = solve_linear(
+                weight.to(self._working_device(layer)),
+                linear_plan,
+                statistics or _unseen(weight),
+                layer.input_format,
+                layer.weight_format,
+                options,
+                has_statistics=not self._synthetic and statistics is not None,
+                reference=reference,
+            )
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from error
+        if solution.weight is not None:
+            solution.weight = solution.weight.to("cpu", weight.dtype)
+        return solution
+
+    def _solve_convolution(self, layer: _Layer, statistics: LinearStatistics) -> LinearSolution:
+        module, name = layer.module, layer.name
+        weight = module._parameters["weight"].detach()
+        _check_finite(name, weight)
+        return solve_convolution(
+            weight.to(self._working_device(layer)),
+            self._plan.convs.get(name) or (module.in_channels,),
+            statistics,
+            layer.input_format,
+            layer.weight_format,
+            _convolution_options(self.config.for_layer(name), weight.dtype, name in self._affordable),
+            has_statistics=not self._synthetic,
+        )
+
+    def _working_device(self, layer: _Layer) -> torch.device:
+        return torch.device(self.config.device) if self.config.device else _home(layer.module)
+
+    def to_layers(self, solutions: Mapping[str, LinearSolution]) -> None:
+        """Move solutions to where their layers run, in place; new weights stay on the CPU."""
+        for name, solution in solutions.items():
+            _move(solution, _home(self.modules[name]))
+
+    def changes_weight(self, name: str, solution: LinearSolution) -> bool:
+        """Whether :meth:`apply` changes the stored weight."""
+        return solution.weight is not None or (
+            name in self._linears and _stock_smoothing(self.modules[name]) is not None
+        )
+
+    def apply(self, solutions: Mapping[str, LinearSolution]) -> None:
+        """Change the layers that have a solution."""
+        linears = {name: layer for name, layer in self._linears.items() if name in solutions}
+        _apply(self.model, self.modules, linears, solutions)
+        _apply_convolutions({n: layer for n, layer in self._convolutions.items() if n in solutions}, solutions)
+
+    def checksum(self, name: str) -> int:
+        """Of a layer's weight."""
+        module = self.modules[name]
+        with enable_weight_access_and_writeback(module, self.model, self.modules, writeback=False):
+            weight = module._parameters["weight"]
+            assert weight is not None
+            return weight_checksum(weight)
+
+    def manifest(self, stages: Sequence[Stage], statistics: Mapping[str, LinearStatistics]) -> dict[str, Any]:
+        """What a checkpoint has to be of."""
+        config = self.config.model_dump(exclude={"progress", "layerwise", "device"})
+        formats = {
+            layer.name: (str(layer.input_format), str(layer.weight_format))
+            for layer in (*self._linears.values(), *self._convolutions.values())
+        }
+        return {
+            "model": parameters_fingerprint(self.model),
+            "config": fingerprint({**config, "sequential": self.config.is_sequential}),
+            "formats": fingerprint(formats),
+            "plan": fingerprint(self._plan.to_dict()),
+            "seed": self.config.seed,
+            "data": fingerprint({name: (seen.calls, seen.rows_seen) for name, seen in statistics.items()}),
+            "stages": [stage.name for stage in stages],
+        }
 
 
 def _quantized_linears(model: nn.Module) -> dict[str, _Layer]:
@@ -329,6 +456,7 @@ def _observe(
     config: SegQuantCalibConfig,
     forward_loop: ForwardLoop | None,
     previous_plan: SegmentPlan | None,
+    calls: RecordedCalls | None,
 ) -> tuple[SegmentPlan, dict[str, LinearStatistics]]:
     """One pass: the plan from its first forward unless one is given, the statistics from all of it."""
     synthetic = forward_loop is None
@@ -352,7 +480,11 @@ def _observe(
     def run() -> None:
         assert forward_loop is not None
         try:
-            with recorder if known is None else nullcontext(), max_calibration(model, others):
+            with (
+                recorder if known is None else nullcontext(),
+                max_calibration(model, others),
+                nullcontext() if calls is None else calls.recording(),
+            ):
                 forward_loop(model)
         except Exception as error:
             source = "the forward on generated inputs" if synthetic else "forward_loop"
@@ -477,10 +609,21 @@ def _unseen(weight: torch.Tensor) -> LinearStatistics:
     return statistics
 
 
-def _working_device(module: Any, weight: torch.Tensor) -> torch.device:
+def _move(solution: LinearSolution, device: torch.device) -> None:
+    """Move all but the weight."""
+    for name in ("smoothing", "shift", "down", "up", "correction"):
+        value = getattr(solution, name)
+        if value is not None:
+            setattr(solution, name, value.to(device))
+    for scales in (solution.input_amax, solution.weight_amax):
+        for block, amax in scales.items():
+            scales[block] = amax.to(device)
+
+
+def _home(module: Any) -> torch.device:
     """Where the layer runs: accelerate knows it of offloaded layers, otherwise the weight is there."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return weight.device if device is None else torch.device(device)
+    return module._parameters["weight"].device if device is None else torch.device(device)
 
 
 def _apply(
@@ -491,17 +634,13 @@ def _apply(
 ) -> None:
     for name, layer in layers.items():
         module = layer.module
-        if name not in solutions:
-            module.input_quantizer.disable()
-            module.weight_quantizer.disable()
-            continue
-        if _stock_smoothing(module) is not None:
-            with enable_weight_access_and_writeback(module, model, modules, writeback=True):
-                module._parameters["weight"].data.copy_(_plain_weight(layer))
         solution = solutions[name]
-        if solution.weight is not None:
-            with enable_weight_access_and_writeback(module, model, modules, writeback=True):
-                module._parameters["weight"].data.copy_(solution.weight)
+        weight = solution.weight
+        if weight is None and _stock_smoothing(module) is not None:
+            with enable_weight_access_and_writeback(module, model, modules, writeback=False):
+                weight = _plain_weight(layer)
+        if weight is not None:
+            write_weight(module, weight, model, modules)
             solution.weight = None
         _configure_input(module.input_quantizer, layer.input_format)
         for quantizer in (module.input_quantizer, module.weight_quantizer):
@@ -512,20 +651,25 @@ def _apply(
         fill(to_seg_linear(module, solution.layout), solution)
 
 
-def _apply_convolutions(convolutions: Mapping[str, _Layer], solutions: Mapping[str, LinearSolution]) -> None:
-    wanted = [name for name, layer in convolutions.items() if (layer.input_format, layer.weight_format) != (None, None)]
-    uncalled = [name for name in wanted if name not in solutions]
+def _leave_unsolved(
+    layers: Mapping[str, _Layer], convolutions: Mapping[str, _Layer], solutions: Mapping[str, LinearSolution]
+) -> None:
+    """Disable the quantizers of layers without a solution: excluded ones, and convolutions never called."""
+    uncalled = [name for name, layer in convolutions.items() if layer.is_quantized and name not in solutions]
     if uncalled:
         logger.warning(
             "segquant: the calibration data never reached the convolutions %s; left in full precision",
             fold_names(uncalled),
         )
+    for name, layer in (*layers.items(), *convolutions.items()):
+        if name not in solutions:
+            layer.module.input_quantizer.disable()
+            layer.module.weight_quantizer.disable()
+
+
+def _apply_convolutions(convolutions: Mapping[str, _Layer], solutions: Mapping[str, LinearSolution]) -> None:
     for name, convolution in convolutions.items():
         module = convolution.module
-        if name not in solutions:
-            module.input_quantizer.disable()
-            module.weight_quantizer.disable()
-            continue
         for quantizer in (module.input_quantizer, module.weight_quantizer):
             quantizer._del_pytorch_state()
         solution = solutions[name]
