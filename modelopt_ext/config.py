@@ -129,14 +129,20 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
             "output error. (1.0,) takes the maximum as it is."
         ),
     )
-    embedders: Literal["as_configured", "per_token", "none"] = ModeloptField(
+    embedders: Literal["as_configured", "per_token", "eight_bit", "none"] = ModeloptField(
         default="as_configured",
-        title="Activations of the embedders.",
+        title="Formats of the embedders.",
         description=(
             "Embedders are the Linears outside the model's repeated blocks (its ModuleLists) that run before the first "
             "block: time, text, patch and guidance embedders. 'as_configured': like every layer. 'per_token': dynamic "
-            "scales, one a token. 'none': their weights and activations stay in full precision."
+            "scales, one a token. 'eight_bit': 8-bit weights and activations, per channel and per token, INT8 or, "
+            "where the layer has floating-point codes, FP8. 'none': they stay in full precision."
         ),
+    )
+    last_layers: Literal["as_configured", "per_token", "eight_bit", "none"] = ModeloptField(
+        default="as_configured",
+        title="Formats of the Linears outside the repeated blocks that run after the last block.",
+        description="The last modulation and projection; the choices are those of `embedders`.",
     )
     second_product_budget: float = ModeloptField(
         default=0.03,

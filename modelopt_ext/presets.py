@@ -52,10 +52,12 @@ _FP8 = (4, 3)
 _NVFP4: dict[str, Any] = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 _INT4_GROUPS: dict[str, Any] = {"num_bits": 4, "block_sizes": {-1: 32, "type": "static"}}
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
-# Beside 8-bit codes a tenth of the smaller side is enough; it costs 2 % of the multiply-adds of a wide model.
-_THIN_BRANCH = {"rank": 32, "max_share": 0.1}
+# Costs 1 to 2 % of the multiply-adds of a wide model; the bound is for narrow layers, such as the last projection.
+_THIN_BRANCH = {"rank": 32, "max_share": 0.2}
 # Beside 4-bit codes the branch is fitted to their error several times over.
 _BRANCH = {"rank": 64, "max_share": 0.25, "refits": 4}
+# A small share of the time, and of all layers those that 4 bits hurt most.
+_OUTER_IN_8_BITS = {"embedders": "eight_bit", "last_layers": "eight_bit"}
 
 SEGQUANT_INT8_CFG = linear_only({"num_bits": 8, "axis": 0}, {"num_bits": 8, "axis": None}, embedders="per_token")
 """W8A8: weight scales per output channel, one static activation scale per segment; per token in the embedders."""
@@ -108,16 +110,25 @@ SEGQUANT_W4A8_CFG = linear_only(
     gptq=True,
     low_rank=_BRANCH,
     weight_clip_grid=_CLIPS,
+    **_OUTER_IN_8_BITS,
 )
-"""INT4 weights with one scale per output channel, INT8 activations per token, GPTQ and a low-rank branch."""
+"""INT4 weights with one scale per output channel, INT8 activations per token, GPTQ and a low-rank branch.
+
+As in all 4-bit presets the Linears before the first and after the last block have 8-bit weights and activations.
+"""
 
 SEGQUANT_W4A8_GROUP_CFG = linear_only(
-    _INT4_GROUPS, {"num_bits": 8, **PER_TOKEN}, gptq=True, low_rank=_BRANCH, weight_clip_grid=_CLIPS
+    _INT4_GROUPS, {"num_bits": 8, **PER_TOKEN}, gptq=True, low_rank=_BRANCH, weight_clip_grid=_CLIPS, **_OUTER_IN_8_BITS
 )
 """INT4 weights with one scale per 32 channels, INT8 activations per token, GPTQ and a low-rank branch."""
 
 SEGQUANT_W4A8_FP8_CFG = linear_only(
-    _INT4_GROUPS, {"num_bits": _FP8, **PER_TOKEN}, gptq=True, low_rank=_BRANCH, weight_clip_grid=_CLIPS
+    _INT4_GROUPS,
+    {"num_bits": _FP8, **PER_TOKEN},
+    gptq=True,
+    low_rank=_BRANCH,
+    weight_clip_grid=_CLIPS,
+    **_OUTER_IN_8_BITS,
 )
 """INT4 weights with one scale per 32 channels, FP8 activations per token, GPTQ and a low-rank branch."""
 
@@ -129,16 +140,17 @@ SEGQUANT_W4A4_CFG = linear_only(
     gptq=True,
     low_rank=_BRANCH,
     weight_clip_grid=_CLIPS,
+    **_OUTER_IN_8_BITS,
 )
 """INT4 weights and activations, per output channel and per token: rotated or split by sign, GPTQ, low-rank branch."""
 
-SEGQUANT_W4A16_CFG = linear_only(_INT4_GROUPS, None, gptq=True, weight_clip_grid=_CLIPS)
+SEGQUANT_W4A16_CFG = linear_only(_INT4_GROUPS, None, gptq=True, weight_clip_grid=_CLIPS, **_OUTER_IN_8_BITS)
 """Weight-only INT4, one scale per 32 channels, GPTQ."""
 
 SEGQUANT_W8A16_CFG = linear_only({"num_bits": 8, "axis": 0}, None, gptq=True)
 """Weight-only INT8, one scale per output channel, GPTQ."""
 
-SEGQUANT_NVFP4_CFG = linear_only(_NVFP4, _NVFP4, low_rank=_BRANCH)
+SEGQUANT_NVFP4_CFG = linear_only(_NVFP4, _NVFP4, low_rank=_BRANCH, **_OUTER_IN_8_BITS)
 """NVFP4 weights and activations with a low-rank branch; needs a GPU."""
 
 SEGQUANT_CFG = SEGQUANT_INT8_CFG

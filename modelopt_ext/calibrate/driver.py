@@ -121,7 +121,7 @@ def calibrate_model(
     plan, statistics = _observe(model, layers, convolutions, others, config, forward_loop, previous_plan, calls)
     called = list(statistics)
     seen_by_convolutions = {name: statistics.pop(name) for name in convolutions if name in statistics}
-    layers = _with_embedder_policy(model, layers, config, list(statistics))
+    layers = _with_outer_policies(model, layers, config, list(statistics))
     layers = _without_uncalled(layers, statistics)
 
     affordable = affordable_second_products(
@@ -540,32 +540,45 @@ def _uncut(plan: SegmentPlan) -> SegmentPlan:
     return SegmentPlan(whole, plan.shared_inputs, plan.uncalled, plan.notes)
 
 
-def embedders(model: nn.Module, called: list[str]) -> list[str]:
-    """The Linears outside the model's repeated blocks that run before the first block.
+def outer_linears(model: nn.Module, called: list[str]) -> tuple[list[str], list[str]]:
+    """The Linears outside the model's repeated blocks that run before the first and after the last block.
 
     Args:
         model: the denoiser; its repeated blocks are what its ``nn.ModuleList`` s hold.
         called: names of Linears in the order of their first call.
     """
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    first_block = next((i for i, name in enumerate(called) if name.startswith(blocks)), 0) if blocks else 0
-    return called[:first_block]
+    inside = [index for index, name in enumerate(called) if name.startswith(blocks)] if blocks else []
+    return (called[: inside[0]], called[inside[-1] + 1 :]) if inside else ([], [])
 
 
-def _with_embedder_policy(
+def embedders(model: nn.Module, called: list[str]) -> list[str]:
+    """The first part of :func:`outer_linears`: time, text, patch and guidance embedders."""
+    return outer_linears(model, called)[0]
+
+
+def _with_outer_policies(
     model: nn.Module, layers: dict[str, _Layer], config: SegQuantCalibConfig, called: list[str]
 ) -> dict[str, _Layer]:
-    if config.embedders == "as_configured":
-        return layers
     changed = dict(layers)
-    for name in embedders(model, called):
-        layer = layers[name]
-        if config.embedders == "none":
-            changed[name] = _Layer(name, layer.module, None, None)
-        elif layer.input_format is not None:
-            per_token = QuantFormat(layer.input_format.num_bits, per_row=True, dynamic=True)
-            changed[name] = _Layer(name, layer.module, per_token, layer.weight_format)
+    for policy, names in zip((config.embedders, config.last_layers), outer_linears(model, called), strict=True):
+        for name in names:
+            changed[name] = _under_policy(layers[name], policy)
     return changed
+
+
+def _under_policy(layer: _Layer, policy: str) -> _Layer:
+    weight, activation = layer.weight_format, layer.input_format
+    if policy == "none":
+        return _Layer(layer.name, layer.module, None, None)
+    if policy == "eight_bit":
+        floating = any(fmt is not None and not fmt.is_integer for fmt in (weight, activation))
+        bits: int | tuple[int, int] = (4, 3) if floating else 8
+        weight = None if weight is None else QuantFormat(bits, per_row=True)
+        activation = None if activation is None else QuantFormat(bits, per_row=True, dynamic=True)
+    elif policy == "per_token" and activation is not None:
+        activation = QuantFormat(activation.num_bits, per_row=True, dynamic=True)
+    return _Layer(layer.name, layer.module, activation, weight)
 
 
 def _without_uncalled(layers: dict[str, _Layer], statistics: Mapping[str, LinearStatistics]) -> dict[str, _Layer]:
@@ -642,7 +655,7 @@ def _apply(
         if weight is not None:
             write_weight(module, weight, model, modules)
             solution.weight = None
-        _configure_input(module.input_quantizer, layer.input_format)
+        _configure(layer)
         for quantizer in (module.input_quantizer, module.weight_quantizer):
             quantizer._del_pytorch_state()
         if solution.is_stock and not isinstance(module, SegLinear):
@@ -679,10 +692,16 @@ def _apply_convolutions(convolutions: Mapping[str, _Layer], solutions: Mapping[s
             fill_scales(to_seg_conv(module, solution.layout), solution)
 
 
-def _configure_input(quantizer: TensorQuantizer, fmt: QuantFormat | None) -> None:
-    """Carry an embedder policy's change of format over to the quantizer."""
-    if fmt is not None and fmt.dynamic and fmt.per_row:
-        quantizer.set_from_attribute_config({"axis": None, **PER_TOKEN})
+def _configure(layer: _Layer) -> None:
+    """Carry a policy's change of format over to the quantizers."""
+    for quantizer, fmt in (
+        (layer.module.input_quantizer, layer.input_format),
+        (layer.module.weight_quantizer, layer.weight_format),
+    ):
+        if fmt is None or fmt == QuantFormat.of(quantizer, layer.name):
+            continue
+        scales = {"axis": None, **PER_TOKEN} if fmt.dynamic else {"axis": 0, "block_sizes": None, "type": "static"}
+        quantizer.set_from_attribute_config({"num_bits": fmt.num_bits, **scales})
 
 
 def _fill_stock(module: Any, solution: LinearSolution) -> None:
