@@ -81,11 +81,22 @@ def quantizers(model: nn.Module) -> Iterator[TensorQuantizer]:
 @pytest.mark.parametrize(
     ("preset", "bound"),
     [
-        ("SEGQUANT_CFG", 36),
-        ("SEGQUANT_INT8_CFG", 36),
-        ("SEGQUANT_INT8_PER_TENSOR_CFG", 34),
-        ("SEGQUANT_INT8_DYNAMIC_CFG", 38),
-        ("SEGQUANT_FP8_CFG", 26),
+        ("SEGQUANT_CFG", 42),
+        ("SEGQUANT_INT8_CFG", 42),
+        ("SEGQUANT_INT8_SVD_CFG", 45),
+        ("SEGQUANT_INT8_PER_TENSOR_CFG", 40),
+        ("SEGQUANT_INT8_DYNAMIC_CFG", 42),
+        ("SEGQUANT_INT8_PER_TOKEN_CFG", 41),
+        ("SEGQUANT_FP8_CFG", 29),
+        ("SEGQUANT_FP8_PER_TENSOR_CFG", 30),
+        ("SEGQUANT_FP8_PER_TOKEN_CFG", 28),
+        ("SEGQUANT_FP8_SVD_CFG", 33),
+        ("SEGQUANT_W4A8_CFG", 42),
+        ("SEGQUANT_W4A8_GROUP_CFG", 42),
+        ("SEGQUANT_W4A8_FP8_CFG", 32),
+        ("SEGQUANT_W4A4_CFG", 39),
+        ("SEGQUANT_W4A16_CFG", 46),
+        ("SEGQUANT_W8A16_CFG", 56),
     ],
 )
 def test_presets(original: nn.Module, model: nn.Module, preset: str, bound: float):
@@ -96,9 +107,9 @@ def test_presets(original: nn.Module, model: nn.Module, preset: str, bound: floa
     mtq.quantize(model, quiet(config), CALIBRATION)
     assert config == before, "the preset was mutated"
     assert sqnr(outputs(original), outputs(model)) > bound
-    assert any(isinstance(module, SegLinear) for module in model.modules())
     state, expected = model.state_dict(), original.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in expected.items()), "weights were changed"
+    unchanged = all(torch.equal(state[name], value) for name, value in expected.items())
+    assert unchanged != bool(config["algorithm"].get("gptq")), "GPTQ replaces weights, nothing else does"
     assert not any(quantizer._if_calib for quantizer in quantizers(model))
 
 
@@ -297,6 +308,27 @@ def test_embedders(original: nn.Module):
         assert not found["none"].get_submodule(name).input_quantizer.is_enabled
         assert not found["none"].get_submodule(name).weight_quantizer.is_enabled
     assert not found["per_token"].get_submodule("norm_out.linear").input_quantizer._dynamic
+
+
+def test_outer_layers_in_eight_bits(model: nn.Module):
+    mtq.quantize(model, quiet(modelopt_ext.SEGQUANT_W4A4_CFG), CALIBRATION)
+    plan = modelopt_ext.plan_of(model)
+    assert plan is not None
+    outer = [*embedders(model, list(plan.linears)), "norm_out.linear", "proj_out"]
+    assert len(outer) == 7
+    for name in plan.linears:
+        layer = model.get_submodule(name)
+        bits = 8 if name in outer else 4
+        for bank in (layer.input_quantizer, layer.weight_quantizer):
+            blocks = [block for block in bank.children() if isinstance(block, TensorQuantizer)]
+            assert {quantizer.num_bits for quantizer in (bank, *blocks)} == {bits}, name
+        assert layer.input_quantizer._dynamic
+
+
+def test_nvfp4_on_a_cpu_is_refused(original: nn.Module, model: nn.Module):
+    with pytest.raises(ValueError, match=r"NVFP4 weights, which ModelOpt rounds on a GPU only"):
+        mtq.quantize(model, quiet(modelopt_ext.SEGQUANT_NVFP4_CFG), CALIBRATION)
+    check_untouched(original, model)
 
 
 def test_weight_only(original: nn.Module, model: nn.Module):
