@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def one_block_each(
     model_seconds = 0.0
     for kind in BLOCKS:
         quantizers = only(config, [f"{kind}.0.*"])
-        seconds, peak = measured(device, lambda quantizers=quantizers: mtq.quantize(model, quantizers, loop))
+        seconds, peak = measured(device, partial(mtq.quantize, model, quantizers, loop))
         results[f"{kind}.0, seconds"], results[f"{kind}.0, peak GiB"] = seconds, peak
         model_seconds += seconds * len(getattr(model, kind))
     results["model extrapolated, minutes"] = model_seconds / 60

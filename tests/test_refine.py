@@ -197,7 +197,12 @@ def test_settings_of_single_layers(model: Block) -> None:
 @pytest.mark.parametrize(
     ("weight", "activation", "algorithm", "message"),
     [
-        (INT4_ROWS, INT8_TOKENS, {"low_rank": {"rank": 500, "over": "refuse"}}, r"rank 500 .*modulation|modulation.*500"),
+        (
+            INT4_ROWS,
+            INT8_TOKENS,
+            {"low_rank": {"rank": 500, "over": "refuse"}},
+            r"rank 500 .*modulation|modulation.*500",
+        ),
         ({"num_bits": 4, "block_sizes": {-1: 48, "type": "static"}}, INT8_TOKENS, {}, r"modulation.*groups of 48"),
         (INT8_ROWS, INT8_STATIC, {"rotate": True}, r"rotate needs dynamic activation scales"),
         (
