@@ -374,3 +374,33 @@ def test_disabled_layers_of_a_config_are_not_solved():
     mtq.quantize(model, config, lambda m: m(normal(32, 8)))
     assert model[0].weight_quantizer.is_enabled
     assert not model[1].weight_quantizer.is_enabled
+
+
+def test_rows_that_come_again_are_few():
+    """Tokens of a prompt at every timestep, one row an item, and activations that change: what may be fitted to them."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(8, 6, 16, generator=generator)
+    text = watched(*[prompts] * 10)
+    assert text.can_fit_weights
+    assert not text.can_fit_ranges
+    conditioning = watched(*[torch.full((8, 1, 16), float(step)) for step in range(40)])
+    assert conditioning.can_fit_ranges
+    assert not conditioning.can_fit_weights
+    image = watched(*[torch.randn(8, 6, 16, generator=generator) for _ in range(10)])
+    assert image.can_fit_ranges
+    assert image.can_fit_weights
+
+
+def test_smoothing_is_not_searched_on_rows_that_come_again():
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.logspace(-2, 0, 16)
+    weight = torch.randn(24, 16, generator=generator)
+    options = SearchOptions(polarity="none", alphas=(None, 0.3, 0.5, 0.7), clips=(1.0, 0.7))
+    plan = LinearPlan.trivial(16, 24)
+
+    def solved(*calls: torch.Tensor):
+        return solve_linear(weight, plan, watched(*calls), QuantFormat(8), QuantFormat(8, per_row=True), options)
+
+    prompts = torch.randn(8, 6, 16, generator=generator) * spread
+    assert solved(*[prompts] * 10).smoothing is None
+    assert solved(*[torch.randn(8, 6, 16, generator=generator) * spread for _ in range(10)]).smoothing is not None
