@@ -377,7 +377,7 @@ def test_disabled_layers_of_a_config_are_not_solved():
 
 
 def test_rows_that_come_again_are_few():
-    """Tokens of a prompt at every timestep, one row an item, and activations that change: what may be fitted to them."""
+    """Tokens of a prompt at every timestep, one row an item, activations that change: what may be fitted to each."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randn(8, 6, 16, generator=generator)
     text = watched(*[prompts] * 10)

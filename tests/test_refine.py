@@ -56,7 +56,11 @@ def data(seed: int, batches: int = 6) -> list[tuple[Tensor, Tensor]]:
 @pytest.fixture
 def model() -> Block:
     torch.manual_seed(0)
-    return Block().requires_grad_(False)
+    block = Block().requires_grad_(False)
+    for layer in (block.modulation, block.first, block.last):  # trained weights have a few large directions
+        rows, columns = layer.weight.shape
+        layer.weight += torch.randn(rows, 4) @ torch.randn(4, columns) / (2 * columns**0.5)
+    return block
 
 
 def quantized(model: nn.Module, weight: dict[str, Any], activation: dict[str, Any] | None, **algorithm: Any) -> Any:
@@ -84,19 +88,21 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# Not W8A8 with weight scales per channel: static activations are all of its error.
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "W8A8"])
 def test_gptq_lowers_the_error_on_unseen_data(model: Block, name: str) -> None:
     weight, activation = FORMATS[name]
-    nearest = quantized(model, weight, activation)
-    solved = quantized(model, weight, activation, gptq=True)
+    # The modulation has too few rows for GPTQ, and its error would hide that of the others.
+    nearest = quantized(model, weight, activation, exclude=["modulation"])
+    solved = quantized(model, weight, activation, exclude=["modulation"], gptq=True)
     assert noise(solved, model) < noise(nearest, model)
 
 
 @pytest.mark.parametrize("name", ["W4A8", "W4A8 groups", "W4A4", "W4A16"])
 def test_low_rank_lowers_the_error_further(model: Block, name: str) -> None:
     weight, activation = FORMATS[name]
-    without = quantized(model, weight, activation, gptq=True)
-    solved = quantized(model, weight, activation, gptq=True, low_rank={"rank": 8})
+    without = quantized(model, weight, activation, exclude=["modulation"], gptq=True)
+    solved = quantized(model, weight, activation, exclude=["modulation"], gptq=True, low_rank={"rank": 8})
     assert noise(solved, model) < 0.9 * noise(without, model)
     assert any(m.weight_quantizer.down is not None for m in solved.modules() if isinstance(m, SegLinear))
 
@@ -142,12 +148,16 @@ def test_stored_weights_round_to_the_codes_that_were_chosen(
     assert checked
 
 
-def test_rotation_spreads_outliers_of_four_bit_activations(model: Block) -> None:
-    plain = quantized(model, INT8_ROWS, INT4_TOKENS, alpha=None, polarity="none")
-    rotated = quantized(model, INT8_ROWS, INT4_TOKENS, alpha=None, polarity="none", rotate=True)
-    searched = quantized(model, INT8_ROWS, INT4_TOKENS, alpha=None, polarity="none", rotate="search")
-    assert noise(rotated, model) < noise(plain, model)
-    assert noise(searched, model) < 1.02 * min(noise(rotated, model), noise(plain, model))
+def test_rotation_is_taken_where_it_lowers_the_error(model: Block) -> None:
+    """It spreads outlier channels; on GELU's output, all of one sign, it makes one of the mean."""
+    settings: dict[str, Any] = {"alpha": None, "polarity": "none"}
+    only_first = ["modulation", "last"]
+    plain = quantized(model, INT8_ROWS, INT4_TOKENS, exclude=only_first, **settings)
+    searched = quantized(model, INT8_ROWS, INT4_TOKENS, exclude=only_first, rotate="search", **settings)
+    assert noise(searched, model) < 0.8 * noise(plain, model)
+    assert searched.first.layout.rotation == (64,)
+    forced = quantized(model, INT8_ROWS, INT4_TOKENS, rotate=True, **settings)
+    assert forced.last.layout.rotation == (32, 64)
 
 
 def test_rotate_attribute_of_modelopt_asks_for_the_same(model: Block) -> None:
