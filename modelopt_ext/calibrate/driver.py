@@ -698,7 +698,8 @@ def _configure(layer: _Layer) -> None:
         (layer.module.input_quantizer, layer.input_format),
         (layer.module.weight_quantizer, layer.weight_format),
     ):
-        if fmt is None or fmt == QuantFormat.of(quantizer, layer.name):
+        # Dynamic ones are set anew in any case: their first call left them with the axes of that call's input.
+        if fmt is None or (not fmt.dynamic and fmt == QuantFormat.of(quantizer, layer.name)):
             continue
         scales = {"axis": None, **PER_TOKEN} if fmt.dynamic else {"axis": 0, "block_sizes": None, "type": "static"}
         quantizer.set_from_attribute_config({"num_bits": fmt.num_bits, **scales})
