@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import modelopt_ext
+from modelopt_ext.formats import QuantFormat, quantize_dequantize, row_amax
 from modelopt_ext.nn import SegLinear
 from modelopt_ext.presets import PER_TOKEN, linear_only
 
@@ -158,6 +159,18 @@ def test_rotation_is_taken_where_it_lowers_the_error(model: Block) -> None:
     assert searched.first.layout.rotation == (64,)
     forced = quantized(model, INT8_ROWS, INT4_TOKENS, rotate=True, **settings)
     assert forced.last.layout.rotation == (32, 64)
+
+
+@pytest.mark.parametrize("activation", [INT8_TOKENS, INT4_TOKENS])
+def test_segments_round_per_token(model: Block, activation: dict[str, Any]) -> None:
+    """One scale a token and segment, also on inputs of other sizes than calibration's."""
+    layer = quantized(model, INT8_ROWS, activation, alpha=0.5, polarity="none").last
+    assert isinstance(layer, SegLinear)
+    x = torch.randn(3, 7, 160, generator=torch.Generator().manual_seed(5))
+    z = (x / layer.input_quantizer.smoothing[0]).reshape(-1, 160)
+    fmt = QuantFormat(activation["num_bits"], per_row=True, dynamic=True)
+    parts = [quantize_dequantize(part, row_amax(part, fmt), fmt) for part in z.split([96, 64], dim=1)]
+    assert torch.allclose(layer.input_quantizer(x), torch.cat(parts, dim=1).reshape(x.shape), atol=1e-6)
 
 
 def test_rotate_attribute_of_modelopt_asks_for_the_same(model: Block) -> None:
