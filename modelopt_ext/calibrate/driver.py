@@ -1,6 +1,7 @@
-"""Calibrating a whole model: one pass for the plan and the statistics, a local search per Linear, then one change.
+"""Calibrating a whole model: one pass for the plan and the statistics, a local search per layer, then the change.
 
-Nothing of the model changes before every layer has its solution, so an error on the way leaves it as it was.
+Nothing of the model changes before every layer has its solution; only sequential calibration changes it stage by stage,
+and takes that back after an error. So an error on the way leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ ForwardLoop = Callable[[nn.Module], object]
 
 @dataclass
 class _Layer:
-    """A Linear to calibrate and the formats that its quantizers ask for."""
+    """A Linear or convolution to calibrate and the formats that its quantizers ask for."""
 
     name: str
-    module: Any  # an nn.Linear with ModelOpt's quantizers, which nn.Module's annotations can't express
+    module: Any  # a layer with ModelOpt's quantizers, which nn.Module's annotations can't express
     input_format: QuantFormat | None
     weight_format: QuantFormat | None
 

@@ -173,7 +173,7 @@ def solve_linear(
         ValueError: NaN or infinity where the weights are refined.
     """
     weight = weight.detach().float()
-    if has_statistics and len(options.alphas) > 1 and not statistics.can_fit_ranges:
+    if has_statistics and not statistics.can_fit_ranges:  # a setting that leaves no choice stays what it is
         options = replace(options, alphas=options.alphas[:1], clips=options.clips[:1])
     groups = plan.out_segments if options.alphas != (None,) else (weight.shape[0],)
     weight_segments = plan.out_segments if weight_format is not None and not weight_format.has_row_scales else groups
