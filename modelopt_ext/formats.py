@@ -57,11 +57,6 @@ class QuantFormat:
         return self.per_row or (self.group is not None and not self.is_nvfp4)
 
     @property
-    def bits(self) -> int:
-        """Width of a code."""
-        return self.num_bits if isinstance(self.num_bits, int) else 1 + sum(self.num_bits)
-
-    @property
     def max_code(self) -> float:
         """The code (integers) or value (E4M3, NVFP4) that ``amax`` maps to."""
         if isinstance(self.num_bits, tuple):

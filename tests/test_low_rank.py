@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelopt_ext.calibrate.low_rank import checked_rank, low_rank, rank_for, weighted_low_rank
+from modelopt_ext.calibrate.low_rank import checked_rank, low_rank, weighted_low_rank
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -206,52 +206,6 @@ def test_weighted_with_fewer_rows_than_channels_and_dead_channels():
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("share", "largest", "multiple", "rank"),
-    [
-        (0.0, 64, 8, 0),
-        (0.5, 64, 1, 10),  # values 1 .. 20 of equal squares: each removes 5 %
-        (0.51, 64, 1, 11),
-        (0.5, 64, 8, 16),
-        (0.5, 64, 16, 16),
-        (0.9, 64, 8, 20),  # 24 is more than the matrix has
-        (0.5, 12, 8, 12),
-        (0.9, 12, 8, 12),
-        (0.05, 64, 8, 8),
-        (0.5, 0, 8, 0),
-    ],
-)
-def test_rank_for_removes_its_share(share: float, largest: int, multiple: int, rank: int):
-    values = torch.ones(20).double()
-    shares_are_hit_exactly = 1e-9
-    share = max(share - shares_are_hit_exactly, 0.0)
-    assert rank_for(values, share, largest, multiple=multiple) == rank
-    assert rank_for(with_singular_values(values, 40, 20), share, largest, multiple=multiple) == rank
-
-
-def test_rank_for_is_the_smallest_rank_of_a_large_matrix():
-    values = SPECTRA["steep"](450).double()
-    weight = with_singular_values(values, 600, 450, seed=18).float()
-    for share in (0.9, 0.99, 0.999):
-        rank = rank_for(weight, share, 64, multiple=1)
-        removed = values.square().cumsum(0) / values.square().sum()
-        assert removed[rank - 1] >= share * (1 - 1e-5)
-        assert rank == 1 or removed[rank - 2] < share
-    assert rank_for(weight, 0.999, 64, exact=False) == rank_for(weight, 0.999, 64, exact=True) == 8
-    assert rank_for(values.flip(0), 0.999, 64, multiple=1) == rank  # in any order
-
-
-def test_rank_for_of_nothing_is_zero_and_bad_arguments_are_refused():
-    assert rank_for(torch.zeros(30, 20), 0.9, 16) == 0
-    for share in (1.0, -0.1):
-        with pytest.raises(ValueError, match="share"):
-            rank_for(torch.ones(4), share, 4)
-    with pytest.raises(ValueError, match="multiple"):
-        rank_for(torch.ones(4), 0.5, 4, multiple=0)
-    with pytest.raises(ValueError, match="contains NaN"):
-        rank_for(torch.full((4, 4), float("nan")), 0.5, 4)
 
 
 def test_checked_rank_caps_or_refuses_by_name(caplog: pytest.LogCaptureFixture):

@@ -115,47 +115,6 @@ def weighted_low_rank(
     return down, left * shared
 
 
-def rank_for(
-    weight: Tensor, share: float, largest: int, *, multiple: int = 8, exact: bool | None = None, seed: int = 0
-) -> int:
-    """The smallest rank whose branch takes ``share`` of the sum of squares out of ``weight``.
-
-    Args:
-        weight: (N, K) floating point, a matrix; or (n,), all of its singular values.
-        share: in [0, 1).
-        largest: the answer where no rank up to it is enough; capped by the matrix's own largest rank.
-        multiple: the rank is a multiple of it (or ``largest``, or the matrix's full rank).
-        exact, seed: for a matrix, as in :func:`low_rank`.
-
-    Returns:
-        0 to ``largest``; 0 for a matrix of zeros.
-
-    Raises:
-        ValueError: a share or ranks outside their range; NaN or infinity.
-    """
-    if not 0 <= share < 1:
-        raise ValueError(f"share is a share of the squared error in [0, 1), not {share}")
-    if largest < 0 or multiple < 1:
-        raise ValueError(f"largest >= 0 and multiple >= 1 are needed, not {largest} and {multiple}")
-    limit = min(largest, *weight.shape)
-    matrix = _checked(weight, limit)
-    total = matrix.double().square().sum()
-    if matrix.dim() == 1:
-        squares = matrix.double().square().sort(descending=True).values[:limit]
-    else:
-        values = _largest_components(matrix, limit, exact, seed, OVERSAMPLING, POWER_ITERATIONS)[1]
-        squares = values.double().square()
-    # How many partial sums fall short; the sum of no component at all is the first.
-    removed = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
-    needed = int((removed < share * total).sum())
-    if needed > limit:
-        logger.debug(
-            "rank %d removes %.3g of the squared sum, less than %.3g", limit, float(removed[-1] / total), share
-        )
-        return limit
-    return min(-(-needed // multiple) * multiple, limit)
-
-
 def checked_rank(rank: int, shape: tuple[int, int] | torch.Size, name: str, policy: str) -> int:
     """``rank``, or the largest that a matrix of ``shape`` has.
 

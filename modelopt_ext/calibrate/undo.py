@@ -24,11 +24,6 @@ class Undo:
         self._states: list[tuple[nn.Module, type, dict[str, Any]]] = []
         self._weights: list[tuple[nn.Module, torch.Tensor]] = []
 
-    @property
-    def bytes(self) -> int:
-        """Size of the weights that are kept."""
-        return sum(weight.nbytes for _, weight in self._weights)
-
     def remember(self, module: nn.Module, with_weight: bool) -> None:
         """Keep the state of a layer.
 
