@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import modelopt.torch.opt as mto
@@ -248,6 +249,17 @@ def test_what_cannot_be_done_is_refused_by_name(
 def test_unknown_layer_setting_is_refused(model: Block) -> None:
     with pytest.raises(ValueError, match=r"sets \['samples'\]"):
         quantized(model, INT8_ROWS, INT8_STATIC, layers={"*": {"samples": 3}})
+
+
+def test_weights_that_are_not_fitted_are_named(model: Block, caplog: pytest.LogCaptureFixture) -> None:
+    """The modulation sees one row an item: GPTQ would fit its few rows and go wrong between them."""
+    before = model.modulation.weight.clone()
+    with caplog.at_level(logging.WARNING, logger="modelopt_ext"):
+        module = quantized(model, INT4_ROWS, INT8_TOKENS, gptq=True)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "the weights of modulation are not fitted" in warning
+    assert torch.equal(module.modulation.weight, before)
+    assert not torch.equal(module.first.weight, model.first.weight)
 
 
 def test_fewer_rows_than_channels_and_dead_channels(model: Block) -> None:

@@ -108,6 +108,7 @@ class StageCheckpoints:
                 "treatments": [asdict(treatment) for treatment in solution.treatments],
                 "alphas": solution.alphas,
                 "stages": solution.stages,
+                "too_few_rows": solution.too_few_rows,
                 "sqnr": solution.sqnr,
                 # Without tensors there would be nothing to tell an empty dict of scales from a missing file.
                 "scales": {field: list(getattr(solution, field)) for field in _SCALES},
@@ -156,6 +157,7 @@ def _solution(layer: str, data: Mapping[str, Any], tensors: Mapping[str, Tensor]
         treatments=tuple(Treatment(**treatment) for treatment in data["treatments"]),
         alphas=tuple(tuple(group) for group in data["alphas"]),
         stages=tuple(tuple(group) for group in data["stages"]),
+        too_few_rows=data["too_few_rows"],
         sqnr=data["sqnr"],
         **fields,
     )

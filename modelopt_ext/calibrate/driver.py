@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -147,6 +147,13 @@ def calibrate_model(
         solutions = solve_stages(solver, stages, statistics, calls)
         _leave_unsolved(layers, convolutions, solutions)
         disable_uncalibrated(others)
+    left = [name for name, solution in solutions.items() if solution.too_few_rows]
+    if left:
+        logger.warning(
+            "segquant: the weights of %s are not fitted to the calibration data (gptq, refits, corrections): it shows "
+            "them too few different rows, one an item and timestep. More prompts and timesteps change that",
+            fold_names(left),
+        )
     logger.info("segquant: %s", plan.summary())
     worst = sorted((solution.sqnr, name) for name, solution in solutions.items() if not math.isnan(solution.sqnr))[:5]
     logger.info("segquant: lowest output SQNR: %s", ", ".join(f"{name} {sqnr:.1f} dB" for sqnr, name in worst))
@@ -408,14 +415,9 @@ def _search_options(
         for size in plan.in_segments:
             branch.check((min(plan.out_segments), size), layer.name)
     gptq = GPTQConfig() if config.gptq is True else config.gptq or None
-    return SearchOptions(
-        polarity=config.polarity,
-        shift_per_channel=config.shift_granularity == "channel",
-        alphas=_alphas(config),
+    return replace(
+        _convolution_options(config, storage, affordable),
         ranges=config.activation_ranges,
-        clips=config.clip_grid,
-        second_product=affordable if config.second_product in (None, "polar") else bool(config.second_product),
-        second_product_if_polar=config.second_product == "polar",
         rotate=layer.wants_rotation(config),
         refine=RefineOptions(
             low_rank=branch,
@@ -425,12 +427,11 @@ def _search_options(
             bias_correction=config.bias_correction,
             rounds=0 if config.low_rank is None else config.low_rank.refits,
         ),
-        storage=storage,
     )
 
 
 def _convolution_options(config: SegQuantCalibConfig, storage: torch.dtype, affordable: bool) -> SearchOptions:
-    """The part of the settings that convolutions know: no rotation, low-rank branch or GPTQ."""
+    """The part of the settings that convolutions know as well: no rotation, low-rank branch or GPTQ."""
     return SearchOptions(
         polarity=config.polarity,
         shift_per_channel=config.shift_granularity == "channel",

@@ -86,6 +86,7 @@ class LinearSolution:
         treatments: of each input segment, for reports.
         alphas: per output group and input segment the smoothing strength, None without, for reports.
         stages: per output group what was done to its weights, for reports.
+        too_few_rows: whether weights were to be fitted to the rows, but those are too few different ones.
         sqnr: output signal to quantization noise on the sampled rows, dB; NaN without samples.
     """
 
@@ -101,6 +102,7 @@ class LinearSolution:
     treatments: tuple[Treatment, ...] = ()
     alphas: tuple[tuple[float | None, ...], ...] = ()
     stages: tuple[tuple[str, ...], ...] = ()
+    too_few_rows: bool = False
     sqnr: float = math.nan
 
     @property
@@ -289,6 +291,7 @@ def _refine(
             found.down = group.weight_to_model(found.down)
         solved.append(found)
     solution.stages = tuple(found.stages for found in solved)
+    solution.too_few_rows = stages != options.refine
     if signal > 0:
         solution.sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise)
     if any(found.replaced for found in solved):
