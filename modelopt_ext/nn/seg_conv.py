@@ -18,16 +18,15 @@ There is one output group: a convolution's output is read as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from modelopt.torch.opt.dynamic import _DMRegistryCls
-from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModule
 from torch import Tensor, nn
 
 from .banks import InputBank, QuantizerBank
 from .layout import SegLayout, weight_block
+from .seg_module import SegModule
 
 
 def _channelwise(values: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ class ConvWeightBank(QuantizerBank):
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(inputs.dtype)
 
 
-class SegConv2d(QuantModule):
+class SegConv2d(SegModule):
     """Mixed into a Conv2d's quantized class: the result is still an ``nn.Conv2d`` with one ``weight`` and one ``bias``.
 
     Made by :func:`to_seg_conv`, never constructed. ``input_quantizer`` is a :class:`ConvInputBank`,
@@ -91,22 +90,6 @@ class SegConv2d(QuantModule):
 
     input_quantizer: ConvInputBank
     weight_quantizer: ConvWeightBank
-    output_quantizer: TensorQuantizer
-
-    def _setup(self) -> None:
-        """Nothing to add: the quantizers are those of the class below, turned into banks by :func:`to_seg_conv`."""
-
-    @property
-    def layout(self) -> SegLayout:
-        """How the blocks are laid out, over input channels C and output channels N."""
-        return self.input_quantizer.layout
-
-    @property
-    def plain_weight(self) -> Tensor:
-        """The weight as stored, (N, C, kh, kw), whatever mode ModelOpt's dynamic attributes are in."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight
 
     def forward(self, input: Tensor) -> Tensor:
         """Evaluate the equation above with fake quantization.
@@ -127,33 +110,6 @@ class SegConv2d(QuantModule):
         offset = self.input_quantizer(rounded, group=None)
         bias = (offset if self.bias is None else self.bias + offset).to(weight.dtype)
         return self.output_quantizer(F.conv2d(codes, rounded, bias, self.stride, 0, self.dilation, self.groups))
-
-    def _is_transparent(self) -> bool:
-        """True when nothing is rounded or collected: such a layer gives full-precision outputs to the bit."""
-        banks = (self.input_quantizer, self.weight_quantizer)
-        return not (
-            any(bank.is_enabled and (bank._if_quant or bank._if_calib) for bank in banks)
-            or getattr(self.weight_quantizer, "_folded", False)
-        )
-
-    def iter_weights_for_calibration(self) -> Iterator[tuple[Tensor, TensorQuantizer]]:
-        """Yield (weight, bank): the bank hands each block its smoothed slice."""
-        yield self.plain_weight, self.weight_quantizer
-
-    @torch.no_grad()
-    def fold_weight(self, keep_attrs: bool = False) -> None:
-        """Bake smoothing and rounding into ``weight``, once; activations stay quantized (see SegLinear)."""
-        bank = self.weight_quantizer
-        if getattr(bank, "_folded", False) or not bank.is_enabled:
-            return
-        weight = self.plain_weight
-        weight.copy_(bank(weight))
-        bank._folded = True
-        bank.disable()
-        bank.set_buffer("_smoothing", None)
-        if not keep_attrs:
-            for name in bank.block_names():
-                bank.block(name).reset_amax()
 
 
 # Quantized Conv2d class -> its segmented class, filled as classes are met.

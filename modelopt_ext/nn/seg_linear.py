@@ -13,19 +13,18 @@ chooses a weight that rounds to better codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from modelopt.torch.opt.dynamic import _DMRegistryCls
-from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModule
 from torch import Tensor, nn
 
 from .banks import InputBank, WeightBank
 from .layout import SegLayout
+from .seg_module import SegModule
 
 
-class SegLinear(QuantModule):
+class SegLinear(SegModule):
     """Mixed into a Linear's quantized class: the result is still an ``nn.Linear`` with one ``weight`` and one ``bias``.
 
     Made by :func:`to_seg_linear`, never constructed. ``input_quantizer`` is an :class:`InputBank`,
@@ -34,22 +33,6 @@ class SegLinear(QuantModule):
 
     input_quantizer: InputBank
     weight_quantizer: WeightBank
-    output_quantizer: TensorQuantizer
-
-    def _setup(self) -> None:
-        """Nothing to add: the quantizers are those of the class below, turned into banks by :func:`to_seg_linear`."""
-
-    @property
-    def layout(self) -> SegLayout:
-        """How the blocks are laid out."""
-        return self.input_quantizer.layout
-
-    @property
-    def plain_weight(self) -> Tensor:
-        """The weight as stored, (N, K), whatever mode ModelOpt's dynamic attributes are in."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight
 
     def forward(self, input: Tensor) -> Tensor:
         """Evaluate the equation above with fake quantization.
@@ -77,14 +60,6 @@ class SegLinear(QuantModule):
             ]
         return self.output_quantizer(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
 
-    def _is_transparent(self) -> bool:
-        """True when nothing is rounded or collected: such a layer gives full-precision outputs to the bit."""
-        banks = (self.input_quantizer, self.weight_quantizer)
-        return not (
-            any(bank.is_enabled and (bank._if_quant or bank._if_calib) for bank in banks)
-            or getattr(self.weight_quantizer, "_folded", False)
-        )
-
     def _effective_bias(self, weight: Tensor) -> Tensor | None:
         """b + R c, (N,). With R in full precision: what the shift takes out of the codes comes back without error."""
         if not self.input_quantizer.has_bias:
@@ -92,30 +67,10 @@ class SegLinear(QuantModule):
         offset = self.input_quantizer(self.weight_quantizer(weight, "residual"), group=None)
         return (offset if self.bias is None else self.bias + offset).to(weight.dtype)
 
-    def iter_weights_for_calibration(self) -> Iterator[tuple[Tensor, TensorQuantizer]]:
-        """Yield (weight, bank): the bank hands each block its smoothed slice."""
-        yield self.plain_weight, self.weight_quantizer
-
-    @torch.no_grad()
-    def fold_weight(self, keep_attrs: bool = False) -> None:
-        """Bake smoothing and rounding into ``weight``, once; activations stay quantized.
-
-        After this the stored weight lives in the smoothed domain and only this module can use it.
-        """
-        bank = self.weight_quantizer
-        if getattr(bank, "_folded", False) or not bank.is_enabled:
-            return
-        weight = self.plain_weight
+    def _before_folding(self) -> None:
         if self.input_quantizer.has_bias:
-            residual = bank(weight, "residual")
+            residual = self.weight_quantizer(self.plain_weight, "residual")
             self.input_quantizer.set_buffer("_offset", self.input_quantizer(residual, group=None))
-        weight.copy_(bank(weight))
-        bank._folded = True
-        bank.disable()
-        bank.set_buffer("_smoothing", None)
-        if not keep_attrs:
-            for name in bank.block_names():
-                bank.block(name).reset_amax()
 
 
 # Quantized Linear class -> its segmented class, filled as classes are met (nn.Linear subclasses each have their own).
