@@ -15,9 +15,10 @@ import modelopt.torch.quantization.config as mtq_config
 
 from . import presets
 from .calibrate.convolutions import with_convolutions
+from .compress import compress
 from .config import SegQuantCalibConfig
 from .mode import plan_of
-from .nn import SegConv2d, SegLinear
+from .nn import PackedLinear, PackedSpec, SegConv2d, SegLinear
 from .plan import LinearPlan, SegmentPlan
 from .presets import *  # noqa: F403 (its __all__ is the list of presets)
 
@@ -28,10 +29,13 @@ for _name, _preset in presets.PRESETS.items():
 __all__ = [
     *presets.__all__,
     "LinearPlan",
+    "PackedLinear",
+    "PackedSpec",
     "SegConv2d",
     "SegLinear",
     "SegQuantCalibConfig",
     "SegmentPlan",
+    "compress",
     "plan_of",
     "with_convolutions",
 ]

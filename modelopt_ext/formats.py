@@ -175,6 +175,19 @@ def stored_amax(amax: Tensor, fmt: QuantFormat) -> Tensor:
     return amax[:, :: fmt.group].reshape(-1, 1) if fmt.group is not None and not fmt.is_nvfp4 else amax
 
 
+def step_size(amax: Tensor, fmt: QuantFormat) -> Tensor:
+    """The scale: what one code is worth, float32 > 0, in ``amax``'s shape. Not for NVFP4, which has two levels."""
+    return amax.float().clamp(min=SMALLEST_AMAX) / fmt.max_code
+
+
+def to_codes(x: Tensor, scale: Tensor, fmt: QuantFormat) -> Tensor:
+    """The codes of ``x``, as float32: integers, or E4M3 values. ``scale`` expands to x's shape. Not for NVFP4."""
+    codes = x.float() / scale
+    if fmt.is_integer:
+        return codes.round().clamp(fmt.min_code, fmt.max_code)
+    return codes.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
 def quantize_dequantize(x: Tensor, amax: Tensor, fmt: QuantFormat) -> Tensor:
     """Round ``x`` to ``fmt`` and back.
 

@@ -2,11 +2,14 @@
 
 from .banks import InputBank, QuantizerBank, WeightBank
 from .layout import SegLayout, input_block, weight_block
+from .packed import PackedLinear, PackedSpec
 from .seg_conv import SegConv2d, to_seg_conv
 from .seg_linear import SegLinear, to_seg_linear
 
 __all__ = [
     "InputBank",
+    "PackedLinear",
+    "PackedSpec",
     "QuantizerBank",
     "SegConv2d",
     "SegLayout",

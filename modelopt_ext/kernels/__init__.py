@@ -1,0 +1,5 @@
+"""Matrix products of codes, as custom operators with a reference for every device."""
+
+from .scaled_mm import scaled_mm
+
+__all__ = ["scaled_mm"]
