@@ -1,1 +1,32 @@
-"""SegQuant for Hugging Face diffusers and Optimum, on top of :mod:`modelopt_ext`."""
+"""SegQuant for Hugging Face diffusers and Optimum, on top of :mod:`modelopt_ext`.
+
+Importing this package makes diffusers and transformers load and save ``segquant`` checkpoints; it imports neither of
+them, nor torch, by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .quantizers.registration import register
+
+if TYPE_CHECKING:
+    from .checkpoints.save import save_segquant
+    from .quantizers.config import SegQuantConfig
+
+__all__ = ["SegQuantConfig", "save_segquant"]
+
+_LAZY = {"SegQuantConfig": ".quantizers.config", "save_segquant": ".checkpoints.save"}
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
