@@ -62,6 +62,23 @@ class GPTQConfig(ModeloptBaseConfig):
     activation_order: bool = ModeloptField(
         default=True, title="Round the columns with the largest Hessian diagonal first."
     )
+    hessian: Literal["rows", "accumulated"] = ModeloptField(
+        default="rows",
+        title="Where the Hessian comes from.",
+        description=(
+            "'rows': the sampled rows (`samples`). 'accumulated': all rows of the calibration data, added up on the "
+            "CPU, 4 K^2 bytes for a Linear with K inputs; for wide Linears, whose Hessian a sample knows badly."
+        ),
+    )
+    hessian_memory: float = ModeloptField(
+        default=16.0,
+        gt=0.0,
+        title="GiB of CPU memory that all accumulated Hessians may take together.",
+        description=(
+            "Given away in the order of the layers' first calls; a warning names the layers that it is too little for, "
+            "and their Hessians come from the sampled rows. With `sequential` it is the bound for one block at a time."
+        ),
+    )
 
 
 class SegQuantCalibConfig(QuantizeAlgorithmConfig):
@@ -334,6 +351,17 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
             or config.weight_clip_grid != (1.0,)
             for config in (self, *(self._changed(fields) for fields in self.layers.values()))
         )
+
+    @property
+    def gptq_config(self) -> GPTQConfig | None:
+        """Settings of GPTQ; None without it."""
+        return GPTQConfig() if self.gptq is True else self.gptq or None
+
+    @property
+    def accumulated_memory(self) -> float | None:
+        """GiB that accumulated Hessians may take; None where Hessians come from the sampled rows."""
+        gptq = self.gptq_config
+        return None if gptq is None or gptq.hessian == "rows" else gptq.hessian_memory
 
     @property
     def needs_statistics(self) -> bool:

@@ -27,7 +27,7 @@ from .search import LinearSolution
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 _TENSORS = ("smoothing", "shift", "down", "up", "correction", "weight")
 _SCALES = ("input_amax", "weight_amax")
@@ -109,6 +109,7 @@ class StageCheckpoints:
                 "alphas": solution.alphas,
                 "stages": solution.stages,
                 "too_few_rows": solution.too_few_rows,
+                "hessian": solution.hessian,
                 "sqnr": solution.sqnr,
                 # Without tensors there would be nothing to tell an empty dict of scales from a missing file.
                 "scales": {field: list(getattr(solution, field)) for field in _SCALES},
@@ -158,6 +159,7 @@ def _solution(layer: str, data: Mapping[str, Any], tensors: Mapping[str, Tensor]
         alphas=tuple(tuple(group) for group in data["alphas"]),
         stages=tuple(tuple(group) for group in data["stages"]),
         too_few_rows=data["too_few_rows"],
+        hessian=data["hessian"],
         sqnr=data["sqnr"],
         **fields,
     )

@@ -9,10 +9,9 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from modelopt.torch.quantization.nn import SVDQuantLinear, TensorQuantizer
 from modelopt.torch.quantization.utils import enable_weight_access_and_writeback, is_quantized_linear
 from torch import nn
 
-from ..config import GPTQConfig, SegQuantCalibConfig
+from ..config import SegQuantCalibConfig
 from ..dataflow import RecordFirstForward
 from ..formats import QuantFormat
 from ..nn import QuantizerBank, SegConv2d, SegLinear, to_seg_conv, to_seg_linear
@@ -30,6 +29,7 @@ from .checkpoint import fingerprint, parameters_fingerprint, weight_checksum
 from .convolutions import segmentable_convolutions, solve_convolution
 from .generated_inputs import generated_forward_loop
 from .gptq import GPTQOptions
+from .hessian import HessianMemory, SecondMoments
 from .other_quantizers import disable_uncalibrated, max_calibration, other_quantizers, uncalibrated
 from .polarity import affordable_second_products
 from .recorded_calls import RecordedCalls
@@ -154,6 +154,8 @@ def calibrate_model(
             "them too few different rows, one an item and timestep. More prompts and timesteps change that",
             fold_names(left),
         )
+    if not synthetic:
+        _warn_of_rows_for_hessians(solutions, config)
     logger.info("segquant: %s", plan.summary())
     worst = sorted((solution.sqnr, name) for name, solution in solutions.items() if not math.isnan(solution.sqnr))[:5]
     logger.info("segquant: lowest output SQNR: %s", ", ".join(f"{name} {sqnr:.1f} dB" for sqnr, name in worst))
@@ -188,9 +190,6 @@ class _Solver:
         self.model = model
         self.modules = dict(model.named_modules())
         self.config = config
-        self.new_statistics: Callable[[nn.Module, int, int], LinearStatistics] = partial(
-            _statistics, config.samples or WINDOWS
-        )
         self._linears = {name: layer for name, layer in linears.items() if layer.is_quantized}
         self._convolutions = {name: layer for name, layer in convolutions.items() if layer.is_quantized}
         self._plan = plan
@@ -201,6 +200,15 @@ class _Solver:
     def wanted(self) -> tuple[str, ...]:
         """Names of the layers to solve."""
         return *self._linears, *self._convolutions
+
+    def new_statistics(self) -> _NewStatistics:
+        """What makes the statistics of some layers, Hessians included where they are asked for."""
+        return _NewStatistics(self.config, _hessian_limits(self._linears.values(), self.config), HessianMemory())
+
+    def accumulates(self, names: Collection[str]) -> bool:
+        """Whether a Hessian over all rows is asked for, for any of these layers."""
+        linears = [self._linears[name] for name in names if name in self._linears]
+        return bool(_hessian_limits(linears, self.config))
 
     def solve(
         self, name: str, statistics: LinearStatistics | None, reference: torch.Tensor | None = None
@@ -414,7 +422,7 @@ def _search_options(
         )
         for size in plan.in_segments:
             branch.check((min(plan.out_segments), size), layer.name)
-    gptq = GPTQConfig() if config.gptq is True else config.gptq or None
+    gptq = config.gptq_config
     return replace(
         _convolution_options(config, storage, affordable),
         ranges=config.activation_ranges,
@@ -497,7 +505,9 @@ def _observe(
     if known is not None:
         known.check(model)
     samples = 1 if synthetic else config.rows_to_keep
-    new = partial(_statistics, config.samples or WINDOWS)
+    # Generated rows say nothing, and sequential calibration looks at every block once more before it is solved.
+    once = not synthetic and calls is None
+    new = _NewStatistics(config, _hessian_limits(layers.values(), config) if once else {}, HessianMemory())
     statistics = collect(model, modules, run, samples=samples, seed=config.seed, new=new)
     if not statistics:
         raise ValueError(
@@ -525,10 +535,52 @@ def _observe(
     return plan, statistics
 
 
-def _statistics(windows: int, layer: nn.Module, samples: int, seed: int) -> LinearStatistics:
-    if isinstance(layer, nn.Conv2d):  # its rows are kernel-size times wider, and only the search reads them
-        return WindowStatistics(layer, min(samples, windows), seed)
-    return LinearStatistics(samples, seed)
+def _hessian_limits(layers: Iterable[_Layer], config: SegQuantCalibConfig) -> dict[nn.Module, float]:
+    """The Linears whose Hessian is asked for over all rows, each with the GiB that all such Hessians may take."""
+    asked = {
+        layer.module: config.for_layer(layer.name).accumulated_memory
+        for layer in layers
+        if layer.weight_format is not None
+    }
+    return {module: limit for module, limit in asked.items() if limit is not None}
+
+
+@dataclass
+class _NewStatistics:
+    """Makes the empty statistics of a layer at its first call.
+
+    Attributes:
+        config: settings of the algorithm.
+        limits: see :func:`_hessian_limits`.
+        memory: what the Hessians take so far.
+    """
+
+    config: SegQuantCalibConfig
+    limits: Mapping[nn.Module, float]
+    memory: HessianMemory
+
+    def __call__(self, layer: nn.Module, samples: int, seed: int) -> LinearStatistics:
+        if isinstance(layer, nn.Conv2d):  # its rows are kernel-size times wider, and only the search reads them
+            return WindowStatistics(layer, min(samples, self.config.samples or WINDOWS), seed)
+        statistics = LinearStatistics(samples, seed)
+        limit = self.limits.get(layer)
+        if isinstance(layer, nn.Linear) and limit is not None and self.memory.admit(layer.in_features, limit):
+            statistics.moments = SecondMoments()
+        return statistics
+
+
+def _warn_of_rows_for_hessians(solutions: Mapping[str, LinearSolution], config: SegQuantCalibConfig) -> None:
+    from_rows = [
+        name
+        for name, solution in solutions.items()
+        if solution.hessian == "rows" and config.for_layer(name).accumulated_memory is not None
+    ]
+    if from_rows:
+        logger.warning(
+            "segquant: gptq's hessian_memory is too little to accumulate the Hessians of all layers: those of %s come "
+            "from the sampled rows. Raise it, or use sequential=True, where it is the bound for one block at a time",
+            fold_names(from_rows),
+        )
 
 
 def _uncut(plan: SegmentPlan) -> SegmentPlan:

@@ -30,6 +30,7 @@ from ..formats import QuantFormat, quantize_dequantize, row_amax
 from ..nn.rotation import rotate_segments
 from ..plan import slices
 from .gptq import GPTQOptions, corrected_target, gptq
+from .hessian import with_rounding
 from .low_rank import checked_rank, low_rank, weighted_low_rank
 
 # A stage has to win this share of the error on unseen rows, or noise of the sample would decide.
@@ -121,15 +122,25 @@ class Rows:
         reference: the rows that the layer of the unquantized model reads in their place; ``exact`` where the layers
             before are not quantized yet.
         target: (R, n), what the group's output should be: that of W on ``reference``.
+        products: (K, K) float32, Z^T Z of all calibration rows, sampled or not, times R and divided by their number;
+            None to go by ``exact`` alone.
     """
 
     exact: Tensor
     rounded: Tensor
     reference: Tensor
     target: Tensor
+    products: Tensor | None = None
+
+    @property
+    def hessian(self) -> Tensor:
+        """Z'^T Z', (K, K) float32."""
+        if self.products is None:
+            return self.rounded.T @ self.rounded
+        return with_rounding(self.products, self.exact, self.rounded)
 
     def select(self, chosen: Tensor) -> Rows:
-        """Some of the rows; ``chosen`` is a boolean (R,)."""
+        """Some of the rows, without what was seen of others; ``chosen`` is a boolean (R,)."""
         exact = self.exact[chosen]
         reference = exact if self.reference is self.exact else self.reference[chosen]
         return Rows(exact, self.rounded[chosen], reference, self.target[chosen])
@@ -215,6 +226,10 @@ class Group:
     def rows_to_codes(self, rows: Tensor) -> Tensor:
         """Shifted input rows (R, K) in the domain of the codes."""
         return rotate_segments(rows if self.smoothing is None else rows / self.smoothing, self.columns, self.rotation)
+
+    def products_to_codes(self, products: Tensor) -> Tensor:
+        """X^T X of shifted input rows X, (K, K) symmetric, in the domain of the codes."""
+        return self.rows_to_codes(self.rows_to_codes(products).T)
 
     def blocks(self) -> list[tuple[slice, slice]]:
         """(rows, columns) of everything that has scales of its own, row by row."""
@@ -320,7 +335,7 @@ class _Recipe:
         """Run the stages, fitted to ``rows``."""
         damping = (options.gptq or GPTQOptions()).damping
         needs_hessian = self.gptq or self.refits
-        hessian = rows.rounded.T @ rows.rounded if needs_hessian else None
+        hessian = rows.hessian if needs_hessian else None
         importance = rows.rounded.square().mean(dim=0)
         wanted = group.weight
         if self.correct:

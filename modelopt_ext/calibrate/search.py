@@ -87,6 +87,7 @@ class LinearSolution:
         alphas: per output group and input segment the smoothing strength, None without, for reports.
         stages: per output group what was done to its weights, for reports.
         too_few_rows: whether weights were to be fitted to the rows, but those are too few different ones.
+        hessian: what GPTQ went by, "rows" or "accumulated"; "" where it was not asked for.
         sqnr: output signal to quantization noise on the sampled rows, dB; NaN without samples.
     """
 
@@ -103,6 +104,7 @@ class LinearSolution:
     alphas: tuple[tuple[float | None, ...], ...] = ()
     stages: tuple[tuple[str, ...], ...] = ()
     too_few_rows: bool = False
+    hessian: str = ""
     sqnr: float = math.nan
 
     @property
@@ -258,6 +260,7 @@ def _refine(
     unquantized = rows if reference is None else reference.to(device).float()
     if solution.shift is not None:
         rows, unquantized = rows - solution.shift, unquantized - solution.shift
+    products = _products(statistics, solution.shift, device)
     first = statistics.first_half()
     stages = options.refine if statistics.can_fit_weights else options.refine.without_fitting()
     stored, solved = weight.clone(), []
@@ -274,6 +277,8 @@ def _refine(
             options.storage,
         )
         seen = _rows_of(group, rows, unquantized, layout.polarity, input_format, [c.input_amax[index] for c in chosen])
+        if products is not None:
+            seen.products = group.products_to_codes(products)
         halves = None if first is None else (seen.select(first.to(device)), seen.select(~first.to(device)))
         found = refine_group(group, seen, halves, stages)
         signal += float(seen.target.square().sum())
@@ -292,6 +297,8 @@ def _refine(
         solved.append(found)
     solution.stages = tuple(found.stages for found in solved)
     solution.too_few_rows = stages != options.refine
+    if stages.gptq is not None:
+        solution.hessian = "rows" if statistics.moments is None else "accumulated"
     if signal > 0:
         solution.sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise)
     if any(found.replaced for found in solved):
@@ -300,6 +307,16 @@ def _refine(
         parts = [weight.new_zeros(len(found.codes)) if found.bias is None else found.bias for found in solved]
         solution.correction = torch.cat(parts)
     solution.down, solution.up = _branch_buffers(solved, options.storage)
+
+
+def _products(statistics: LinearStatistics, shift: Tensor | None, device: torch.device) -> Tensor | None:
+    """Sum of (x - shift)(x - shift)^T over all rows in the unit of the sample, (K, K); None if not accumulated.
+
+    And None where the sample holds every row: rounding them says more than :func:`with_rounding` can.
+    """
+    if statistics.moments is None or statistics.rows is None or len(statistics.rows) == statistics.moments.count:
+        return None
+    return statistics.moments.about(shift, device).mul_(len(statistics.rows) / statistics.moments.count)
 
 
 def _rows_of(

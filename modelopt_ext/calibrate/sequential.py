@@ -13,7 +13,7 @@ which only works for a single list of blocks with nothing between them, and know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -37,11 +37,16 @@ class Solver(Protocol):
     model: nn.Module
     modules: dict[str, nn.Module]
     config: SegQuantCalibConfig
-    new_statistics: Callable[[nn.Module, int, int], LinearStatistics]
 
     @property
     def wanted(self) -> Sequence[str]:
         """Names of the layers to solve."""
+
+    def new_statistics(self) -> Callable[[nn.Module, int, int], LinearStatistics]:
+        """What makes the statistics of some layers, see :func:`collect`."""
+
+    def accumulates(self, names: Collection[str]) -> bool:
+        """Whether these layers need Hessians over all rows, which the first pass does not keep for all blocks."""
 
     def solve(
         self, name: str, statistics: LinearStatistics | None, reference: torch.Tensor | None = None
@@ -92,7 +97,7 @@ def solve_stages(
                 if found is None:
                     seen = {name: statistics[name] for name in stage.layers if name in statistics}
                     references: dict[str, torch.Tensor] = {}
-                    if calls is not None and solutions and seen:
+                    if calls is not None and seen and (solutions or solver.accumulates(seen)):
                         seen, references = _observe_again(solver, seen, solutions, calls)
                     found = {}
                     for name in stage.layers:
@@ -148,7 +153,7 @@ def _observe_again(
         partial(calls.replay, tuple(first)),
         samples=solver.config.rows_to_keep,
         seed=solver.config.seed,
-        new=solver.new_statistics,
+        new=solver.new_statistics(),
     )
     for name, before in first.items():
         now = again.get(name)

@@ -1,7 +1,8 @@
 """What one pass over the calibration data leaves behind for every Linear: channel ranges and a sample of input rows.
 
 Everything that calibration decides later is local to a layer and uses only this. Memory is the sample: at most
-``samples`` rows a Linear, kept on the CPU in 16 bits, however long the pass is.
+``samples`` rows a Linear, kept on the CPU in 16 bits, however long the pass is, and for Linears whose Hessian is asked
+for over all rows, that matrix (:mod:`.hessian`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
+
+from .hessian import SecondMoments
 
 # Ranges are kept apart for up to this many spans of consecutive calls, and for every other item of a batch, so that a
 # choice can be tried on data that its ranges do not come from.
@@ -170,6 +173,7 @@ class LinearStatistics:
         rows: (at most ``samples``, K) bfloat16 or float16, on the CPU: a uniform sample without replacement.
         rows_seen: number of rows over all calls.
         calls: number of calls.
+        moments: of all rows, sampled or not; None where nobody asked for them.
     """
 
     samples: int
@@ -177,6 +181,7 @@ class LinearStatistics:
     rows: Tensor | None = None
     rows_seen: int = 0
     calls: int = 0
+    moments: SecondMoments | None = None
     _spans: list[RunningRange] = field(default_factory=list)
     _calls_a_span: int = 1
     _alternate: tuple[RunningRange, RunningRange] | None = None
@@ -192,12 +197,15 @@ class LinearStatistics:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Take in the input of one call, (..., K)."""
-        x = x.detach().reshape(x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1])
         if x.numel() == 0:
             return
+        x = x.detach().reshape(x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1])
         self._extend_ranges(x)
         items, tokens, channels = x.shape
-        self._sample(x.reshape(-1, channels), torch.arange(items).repeat_interleave(tokens) % 2)
+        rows = x.reshape(-1, channels)
+        self._sample(rows, torch.arange(items).repeat_interleave(tokens) % 2)
+        if self.moments is not None:
+            self.moments.update(rows)
         self.rows_seen += items * tokens
         self.calls += 1
 
