@@ -55,12 +55,20 @@ def compress(model: nn.Module) -> nn.Module:
                 setattr(parent, name, packed[id(child)])
     if isinstance(model, nn.Linear) and isinstance(model, QuantModule):
         return pack(model)
-    for module in list(model.modules()):
-        while isinstance(module, DynamicModule):
-            module.export()
+    _take_out_modelopt(model)
     if ModeloptStateManager.is_converted(model):
         ModeloptStateManager.remove_state(model)
     return model
+
+
+def _take_out_modelopt(model: nn.Module) -> None:
+    """Give every other module its own class back, without quantizers (all are disabled)."""
+    for module in list(model.modules()):
+        while isinstance(module, DynamicModule):
+            module.export()
+        for name, child in list(module.named_children()):
+            if isinstance(child, TensorQuantizer | SequentialQuantizer):
+                delattr(module, name)
 
 
 def _linears(model: nn.Module) -> dict[str, QuantModule]:
@@ -93,14 +101,14 @@ def _others(model: nn.Module, linears: set[str]) -> list[str]:
 def _problem(module: Any) -> str | None:
     """Why a quantized Linear can't be packed; None if it can (or has nothing to pack)."""
     inputs, weights = module.input_quantizer, module.weight_quantizer
+    if getattr(weights, "_folded", False):
+        return "its weight was folded; compress the model as it was before fold_weight"
     if not _is_rounded(module):
         return (
             "its inputs are rounded but its weight is not; disable its input_quantizer" if inputs.is_enabled else None
         )
     if getattr(module, "_hf_hook", None) is not None:
         return "it is offloaded by accelerate; remove the hooks (accelerate.hooks.remove_hook_from_submodules) first"
-    if getattr(weights, "_folded", False):
-        return "its weight was folded; compress the model as it was before fold_weight"
     if module.output_quantizer.is_enabled:
         return "it has an output_quantizer; disable it, the next layer's input_quantizer rounds the same tensor"
     if getattr(module, "weight", None) is None or module._parameters["weight"].device.type == "meta":
