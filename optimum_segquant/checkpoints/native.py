@@ -1,10 +1,11 @@
 """Checkpoints in the keys that inference engines know: ``export_native(model_or_pipeline, directory)``.
 
 The directory is the one that ModelOpt's ``export_hf_checkpoint`` writes for diffusers: ``config.json`` with a
-``quantization_config``, ``diffusion_pytorch_model.safetensors`` with ``weight``, ``weight_scale`` and ``input_scale`` of
-every quantized Linear, all else as diffusers saves it. It is written here and not by ModelOpt's exporter, which works on
-the model in place, rewrites smoothing, does not know packed Linears and takes segmented ones for unquantized; for models
-that it can export the result is the same. Which layers fit is decided in :mod:`modelopt_ext.export.native`.
+``quantization_config``, ``diffusion_pytorch_model.safetensors`` with ``weight``, ``weight_scale`` and ``input_scale``
+of each quantized Linear, all else as diffusers saves it. It is written here and not by ModelOpt's exporter, since that
+one works on the model in place, rewrites smoothing, does not know packed Linears and takes segmented ones for
+unquantized; for models that it can export, the result is the same. Which layers fit is decided in
+:mod:`modelopt_ext.export.native`.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def _skeleton_names(model: ModelMixin) -> set[str]:
     """Names in the state dict of a model that is made from ``model``'s config."""
     # Quantization may have put a class of its own in front of the model's.
     made = next(cls for cls in type(model).__mro__ if not issubclass(cls, DynamicModule))
-    known = inspect.signature(made.__init__).parameters
+    known = inspect.signature(made).parameters
     arguments = {name: value for name, value in model.config.items() if name in known}
     with torch.device("meta"):
         return set(made(**arguments).state_dict())
@@ -185,8 +186,8 @@ def _warn_of_patterns(config: Mapping[str, Any], layers: Mapping[str, PackedLine
         caught = [name for name in layers if stem in name]
         if caught:
             logger.warning(
-                "%r is left in full precision, and vLLM takes that for every layer whose name contains it, %d quantized "
-                "ones among them (%s): for vLLM quantize this layer, too, or exclude those as well",
+                "%r is left in full precision, and vLLM takes that for every layer whose name contains it, %d "
+                "quantized ones among them (%s): for vLLM quantize this layer, too, or exclude those as well",
                 stem,
                 len(caught),
                 caught[0],
