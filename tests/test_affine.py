@@ -31,7 +31,7 @@ from optimum_segquant.correction import (
     final_latents,
     fit_affine_correction,
 )
-from optimum_segquant.correction.fit import clock_of, squared_error
+from optimum_segquant.correction.fit import N, clock_of, collect_moments, squared_error
 from optimum_segquant.evaluation import DenoiserCall, Trajectories, sample_trajectories, velocity_sqnr
 
 PROMPTS = ["a large red circle", "a small blue square", "a green triangle", "a small red square on blue"] * 2
@@ -91,6 +91,17 @@ def test_recovers_a_known_correction_per_timestep_and_channel(estimator: Any) ->
     assert after == pytest.approx(signal, abs=0.3)
     assert after - before == pytest.approx(correction.gain_db, abs=0.5)
     assert correction.gain_se_db < 0.2
+
+
+@pytest.mark.parametrize("steps", [[2], [1, 4]])
+def test_prompts_are_counted_across_batches(steps: list[int]) -> None:
+    """8 prompts in batches of 4, with one step a trajectory, too, where no falling step says that a batch begins."""
+    pipeline = tiny_sd3_pipeline()
+    recorded = sample_trajectories(pipeline, PROMPTS, steps=steps, **SAMPLING)
+    times, moments = collect_moments(pipeline.transformer, recorded)
+    assert moments.shape == (6, len(PROMPTS), len(steps), 4)
+    assert moments[N].unique().tolist() == [2 * 8 * 8]  # both halves of guidance
+    assert times == sorted(recorded.timesteps)
 
 
 def test_interpolates_between_timesteps_and_holds_at_the_ends() -> None:

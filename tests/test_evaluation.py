@@ -57,6 +57,7 @@ def equal(a, b) -> bool:
 def test_trajectories_hold_every_call_of_guided_sampling(trajectories):
     # 3 prompts in batches of 2 and 1, 4 steps each; guidance doubles the batch.
     assert [call.step for call in trajectories] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [call.batch for call in trajectories] == [0] * 4 + [1] * 4
     assert [len(call.output) for call in trajectories] == [4] * 4 + [2] * 4
     assert trajectories.timesteps == tuple(sorted({c.timestep for c in trajectories}, reverse=True))
     assert trajectories.timesteps[0] == 1000.0

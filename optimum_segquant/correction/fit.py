@@ -173,11 +173,11 @@ def collect_moments(
     times = sorted(trajectories.timesteps)
     sums: dict[tuple[int, int], Tensor] = {}
     offset = items = 0
-    step = -1
+    batch, step = trajectories[0].batch, -1
     for call, output in trajectories.replay(denoiser):
-        if call.step < step:  # a new batch of prompts begins
+        if call.batch != batch or call.step < step:  # a new batch of prompts begins
             offset += items
-        step = call.step
+        batch, step = call.batch, call.step
         if output.shape != call.output.shape:
             raise ValueError(
                 f"the denoiser returned {tuple(output.shape)} where {tuple(call.output.shape)} was recorded: "

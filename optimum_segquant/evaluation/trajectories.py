@@ -38,12 +38,14 @@ class DenoiserCall:
             unconditional half. For flow-matching models this is the velocity.
         timestep: the largest entry of the timestep argument, in the denoiser's own units.
         step: index of the denoising step within the trajectory, from 0.
+        batch: index of the pipeline call, from 0: calls with the same one are of the same prompts.
     """
 
     inputs: dict[str, Any]
     output: Tensor
     timestep: float
     step: int
+    batch: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +220,11 @@ class _Recorder:
         self.signature = inspect.signature(module.forward)
         self.kept = kept
         self.calls: list[DenoiserCall] = []
-        self.start()
+        self.batch = -1
 
     def start(self) -> None:
         """Begin a new trajectory."""
+        self.batch += 1
         self.step = -1
         self.timestep = math.nan
         self.stored: dict[str, Any] = {}
@@ -249,7 +252,7 @@ class _Recorder:
                 f"the full-precision denoiser returned NaN or infinity at step {self.step} "
                 f"(timestep {self.timestep:g}): nothing can be measured against it. Run the pipeline in a wider dtype."
             )
-        self.calls.append(DenoiserCall(self.pending, result, self.timestep, self.step))
+        self.calls.append(DenoiserCall(self.pending, result, self.timestep, self.step, self.batch))
         self.pending = None
 
     def _store(self, name: str, value: Any) -> Any:
