@@ -93,6 +93,17 @@ def test_recovers_a_known_correction_per_timestep_and_channel(estimator: Any) ->
     assert correction.gain_se_db < 0.2
 
 
+def test_a_correction_that_leaves_no_error_has_a_finite_gain(tmp_path: Path) -> None:
+    ones = torch.ones(4, 2)
+    correction = fit_affine_correction(Echo(), echoed(2 * ones, 0 * ones, 0.0))
+    torch.testing.assert_close(correction.scale, 2 * ones, atol=1e-6, rtol=0)
+    # The error without it is f / 2; what is left is below the rounding of float64.
+    assert 100 < correction.gain_db <= 10 * math.log10(0.25 / torch.finfo(torch.float64).eps) + 1e-6
+    assert math.isfinite(correction.gain_se_db)
+    path = correction.save(tmp_path)
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
 @pytest.mark.parametrize("steps", [[2], [1, 4]])
 def test_prompts_are_counted_across_batches(steps: list[int]) -> None:
     """8 prompts in batches of 4, with one step a trajectory, too, where no falling step says that a batch begins."""

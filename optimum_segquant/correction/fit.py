@@ -117,8 +117,10 @@ def fit_affine_correction(
         method, gain_db, gain_se = "identity", 0.0, 0.0
     else:
         method = f"{estimator} {best}" + ("" if guidance_scale is None else f" guided {guidance_scale:g}")
-        gain_db = 10 * math.log10(float(base.sum() / held_out.sum()))
-        share = base / base.sum() - held_out / held_out.sum()  # each prompt's part in the logarithm of the ratio
+        # Sums of squares know an error only to their own rounding: where the correction leaves none, to that.
+        remaining = held_out.clamp(min=float(torch.finfo(moments.dtype).eps * moments[FF].sum() / prompts))
+        gain_db = 10 * math.log10(float(base.sum() / remaining.sum()))
+        share = base / base.sum() - remaining / remaining.sum()  # each prompt's part in the logarithm of the ratio
         gain_se = 10 / math.log(10) * float(share.std()) * math.sqrt(prompts)
     correction = AffineCorrection(
         timesteps=tuple(times),
