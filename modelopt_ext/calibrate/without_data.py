@@ -2,8 +2,8 @@
 
 A loader that reads a model's weights from a file can quantize each as it comes, and never holds the model in full
 precision. What is decided for the model as a whole (segments, which layers are outermost, where a second product is
-cheap) comes from a forward of a skeleton on the meta device; the rest is the driver's own way of solving a layer, so the
-result is that of ``mtq.quantize(model, config)`` without data, and ``compress``.
+cheap) comes from a forward of a skeleton on the meta device; the rest is the driver's own way of solving a layer, so
+the result is that of ``mtq.quantize(model, config)`` without data, and ``compress``.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class QuantizeAtLoad:
         self._left = set(self._packer.names)
         if left_out:
             logger.warning(
-                "segquant: quantizing at load rounds weights to nearest: %s of %s would be fitted to the inputs of each "
-                "layer, which only a running model has. For that calibrate with mtq.quantize, compress and save",
+                "segquant: quantizing at load rounds weights to nearest: %s of %s would be fitted to the inputs of "
+                "each layer, which only a running model has. For that calibrate with mtq.quantize, compress and save",
                 ", ".join(left_out),
                 request.preset,
             )

@@ -7,23 +7,15 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from ..checkpoints.config import QUANT_METHOD, CheckpointConfig
 
-_BASES: list[type] = []
 try:
-    from diffusers.quantizers.quantization_config import QuantizationConfigMixin as _DiffusersMixin
-
-    _BASES.append(_DiffusersMixin)
-except ImportError:  # only transformers is installed
-    pass
-try:
-    from transformers.utils.quantization_config import QuantizationConfigMixin as _TransformersMixin
-
-    _BASES.append(_TransformersMixin)
-except ImportError:  # only diffusers is installed
-    pass
+    from transformers.utils.quantization_config import QuantizationConfigMixin as _Base
+except ImportError:  # diffusers alone asks for no base class
+    _Base = object
 
 _REQUEST = ("preset", "exclude", "plan")
 
@@ -34,7 +26,7 @@ class SegQuantMethod(str, Enum):
     SEGQUANT = QUANT_METHOD
 
 
-class SegQuantConfig(*_BASES):  # type: ignore[misc]
+class SegQuantConfig(_Base):
     """Quantize a model while it is loaded, or describe one that was loaded packed.
 
         SD3Transformer2DModel.from_pretrained(path, quantization_config=SegQuantConfig("SEGQUANT_W8A16_CFG"))
@@ -107,6 +99,17 @@ class SegQuantConfig(*_BASES):  # type: ignore[misc]
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as :meth:`to_dict`: there are no defaults to leave out."""
         return self.to_dict()
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Change fields of a request; gives back what names no field."""
+        for key in _REQUEST:
+            if key in kwargs:
+                setattr(self, key, kwargs.pop(key))
+        return kwargs
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_json_string` to a file."""
+        Path(json_file_path).write_text(self.to_json_string(), encoding="utf-8")
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """As JSON text."""

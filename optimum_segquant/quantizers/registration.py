@@ -52,19 +52,20 @@ def _register_with_transformers(auto: ModuleType) -> None:
 
 
 def _save_diffusers_models_packed(modeling: ModuleType) -> None:
-    from .saving import diffusers_quantizer
-
-    _wrap_save(modeling.ModelMixin, diffusers_quantizer)
+    _wrap_save(modeling.ModelMixin, "diffusers_quantizer")
 
 
 def _save_transformers_models_packed(modeling: ModuleType) -> None:
-    from .saving import transformers_quantizer
-
-    _wrap_save(modeling.PreTrainedModel, transformers_quantizer)
+    _wrap_save(modeling.PreTrainedModel, "transformers_quantizer")
 
 
-def _wrap_save(host: type, attached: Callable[[Any], Any]) -> None:
-    """Let ``save_pretrained`` of models with packed Linears write segquant checkpoints; others are left alone."""
+def _wrap_save(host: type, attached: str) -> None:
+    """Let ``save_pretrained`` of models with packed Linears write segquant checkpoints; others are left alone.
+
+    Args:
+        host: class to change.
+        attached: name of what :mod:`.saving` has for it; nothing heavy is imported before a packed model is saved.
+    """
     original = vars(host)["save_pretrained"]
 
     @functools.wraps(original)
@@ -74,12 +75,13 @@ def _wrap_save(host: type, attached: Callable[[Any], Any]) -> None:
         if packing is None or not any(isinstance(module, packing.PackedLinear) for module in self.modules()):
             return original(self, save_directory, *args, **kwargs)
         from ..checkpoints.save import save_staged
-        from .saving import adapters_only, named_arguments
+        from . import saving
 
-        if adapters_only(self):
+        if saving.adapters_only(self):
             return original(self, save_directory, *args, **kwargs)
-        named = named_arguments(original, args, kwargs)
-        return save_staged(functools.partial(original, self), functools.partial(attached, self), save_directory, named)
+        named = saving.named_arguments(original, args, kwargs)
+        carrying = functools.partial(getattr(saving, attached), self)
+        return save_staged(functools.partial(original, self), carrying, save_directory, named)
 
     host.save_pretrained = save_pretrained  # type: ignore[attr-defined]
 
@@ -123,7 +125,14 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _run(self._name, module, _ACTIONS[self._name])
+        try:
+            _run(self._name, module, _ACTIONS[self._name])
+        except Exception:  # a host that changed must stay usable for everything else
+            logger.exception(
+                "segquant could not be registered with %s, whose version this release of optimum-segquant does not know: "
+                "packed models can't be loaded or saved with it",
+                self._name,
+            )
 
     def __getattr__(self, name: str) -> Any:  # get_source, get_data and the like
         return getattr(self._loader, name)

@@ -6,6 +6,7 @@ Written for the interfaces of transformers 4.57 and 5; methods that one of them 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ class SegQuantHfQuantizer(PackedLoading, HfQuantizer):
                 files = [os.path.join(place, "config.json")] if place and os.path.isdir(place) else []
             verify_files(files)
         self._prepare(model)
+        if self.pre_quantized:
+            _mark_initialized(model, self._checkpoint.layers)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -104,3 +107,11 @@ class SegQuantHfQuantizer(PackedLoading, HfQuantizer):
     def is_compileable(self) -> bool:
         """Products of codes are custom operators, the rest is plain torch."""
         return True
+
+
+def _mark_initialized(model: nn.Module, layers: Iterable[str]) -> None:
+    """Keep transformers 4 from drawing random numbers into codes: some models initialize their children's weights."""
+    for name in layers:
+        parts = name.split(".")
+        for length in range(len(parts) + 1):
+            model.get_submodule(".".join(parts[:length]))._is_hf_initialized = True  # type: ignore[assignment]
