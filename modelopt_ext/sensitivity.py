@@ -219,8 +219,9 @@ def layer_sensitivity(
 ) -> SensitivityTable:
     """Measure every layer that ``config`` quantizes, alone. The model itself stays as it is; a copy is quantized.
 
-    Costs, besides the calibration: memory for the copy, and per measured call one forward for each layer (three with
-    ``parts``), or two in all with ``local_only``. Nothing is kept between calls.
+    Costs, besides the calibration: memory for the copy, two runs of the loop (the first one counts its calls), and per
+    measured call one forward more, and one for each layer (three with ``parts``) unless ``local_only``. Nothing is kept
+    between calls.
 
     Args:
         model: the full-precision model, any module whose output holds floating-point tensors.
@@ -235,8 +236,8 @@ def layer_sensitivity(
             lists, mappings and dataclasses.
 
     Raises:
-        ValueError: a model that is quantized already or offloaded, data that never reaches it, outputs without tensors
-            or with NaN, or what ``mtq.quantize`` refuses.
+        ValueError: a model that is quantized already or offloaded, data that never reaches it or is not the same in
+            both runs, outputs without tensors or with NaN, or what ``mtq.quantize`` refuses.
     """
     quantized = quantized_copy(model, config, forward_loop)
     return measure(
@@ -342,9 +343,7 @@ def measure(
     modes = {"all": ()} if not parts else {"all": (), "activations": _SIDES[1:2], "weights": _SIDES[:1]}
     session = _Session(model, layers, {} if local_only else modes, select)
     with torch.no_grad(), _evaluation(model), _evaluation(quantized):
-        total = session.count(score_loop)
-        # The middles of equal spans: the first and the last call of a trajectory are its most peculiar ones.
-        session.run(score_loop, {(2 * i + 1) * total // (2 * batches) for i in range(batches)})
+        session.run(score_loop, session.count(score_loop), batches)
     return session.result()
 
 
@@ -385,8 +384,10 @@ class _Session:
             )
         return seen
 
-    def run(self, loop: ForwardLoop, chosen: set[int]) -> None:
-        """Run the loop and measure its calls with the ``chosen`` indices."""
+    def run(self, loop: ForwardLoop, total: int, batches: int) -> None:
+        """Run the loop, which makes ``total`` calls, and measure ``batches`` of them, evenly spread."""
+        # The middles of equal spans: the first and the last call of a trajectory are its most peculiar ones.
+        chosen = {(2 * i + 1) * total // (2 * batches) for i in range(batches)}
         index = -1
         replaying = False
         inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
@@ -418,8 +419,11 @@ class _Session:
         finally:
             for handle in handles:
                 handle.remove()
-        if not self._calls:
-            raise ValueError("the loop called the model when it was run first and not any more: it must be repeatable")
+        if self._calls < len(chosen):
+            raise ValueError(
+                f"the loop called the model {total} times when it was run first and {index + 1} times then: it must be "
+                "repeatable. Keep the data in a list, and shuffle or drop nothing"
+            )
 
     def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         reference = [tensor.clone() for tensor in self._tensors(output)]

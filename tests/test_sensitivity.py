@@ -339,8 +339,17 @@ def test_refusals_leave_the_model_alone(model: Block):
         if runs == 3:  # after calibration and counting: while layers are measured
             raise RuntimeError("disk full")
 
+    left = [inputs(seed) for seed in range(4)]
+
+    def shrinking(network: nn.Module) -> None:
+        for x in left:
+            network(x)
+        left.pop()
+
     with pytest.raises(ValueError, match="the loop never called the model"):
         layer_sensitivity(model, CONFIGS["stock"], exhausted)
+    with pytest.raises(ValueError, match="called the model 4 times when it was run first and 3 times then"):
+        layer_sensitivity(model, CONFIGS["stock"], CALIBRATION, score_loop=shrinking)
     with pytest.raises(RuntimeError, match="disk full"):
         layer_sensitivity(model, CONFIGS["stock"], broken_later)
     with pytest.raises(ValueError, match="at least 1, got 0"):
