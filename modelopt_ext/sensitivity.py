@@ -37,6 +37,7 @@ import torch
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_map_only
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ class LayerSensitivity:
     Attributes:
         name: qualified module name.
         weights: number of weight elements.
-        rows: input rows per call of the layer, averaged over the measured calls; 0 for a layer that was never called.
+        rows: input rows per call of the layer (of a convolution, windows; of a transposed one, places), averaged over
+            the measured calls; 0 for a layer that was never called.
         calls: calls of the layer per call of the model.
         local_noise: of the layer's own output.
         noise: of the model's output; None where only the local one was asked for.
@@ -313,7 +315,10 @@ class _Layer:
         self.local_signal += _energy(output)
         weight = self.original._parameters["weight"]
         assert weight is not None
-        self.rows += output.numel() // weight.shape[0]
+        # A row is multiplied by the whole weight; that of a transposed convolution counts input channels first.
+        transposed = isinstance(module, _ConvTransposeNd)
+        multiplied = (args[0] if args else kwargs["input"]) if transposed else output
+        self.rows += multiplied.numel() // weight.shape[0]
         self.calls += 1
 
 
@@ -333,6 +338,9 @@ def measure(
         model: the full-precision model.
         quantized: a quantized copy of it.
         score_loop, batches, parts, local_only, select: see :func:`layer_sensitivity`.
+
+    Raises:
+        ValueError: see :func:`layer_sensitivity`.
     """
     if batches < 1:
         raise ValueError(f"batches is the number of calls to measure, at least 1, got {batches}")

@@ -177,6 +177,19 @@ def test_counts(model: Block):
     assert (twice.weights, twice.rows, twice.calls, twice.multiply_adds) == (256, 35, 2, 2 * 35 * 256)
 
 
+def test_multiply_adds_of_convolutions():
+    convolutions = nn.Sequential(nn.Conv2d(4, 6, 2, stride=2), nn.ConvTranspose2d(6, 4, 3, stride=3))
+    config = copy.deepcopy(CONFIGS["stock"])
+    for entry in config["quant_cfg"]:
+        entry.pop("parent_class", None)
+    table = layer_sensitivity(convolutions, config, lambda model: model(torch.ones(2, 4, 8, 8)))
+    # 2 images of 4 x 4 windows; every one of the 4 x 4 places that "1" reads is multiplied by its whole kernel.
+    assert [(row.name, row.multiply_adds) for row in table.layers] == [
+        ("0", 2 * 16 * 6 * 4 * 2 * 2),
+        ("1", 2 * 16 * 6 * 4 * 3 * 3),
+    ]
+
+
 def test_measured_calls_are_spread_evenly(model: Block):
     measured: list[int] = []
 
