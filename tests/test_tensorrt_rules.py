@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from test_quantize import loop_over, sd3_inputs
+from tiny_pipelines import tiny_sd3_transformer
+from torch import nn
 
+import modelopt_ext
+from modelopt_ext.export.onnx import export_module
 from modelopt_ext.export.tensorrt import TensorRTRuleError, assert_tensorrt, check_tensorrt, trtexec_command
 
 K, N = 128, 6
@@ -157,7 +165,15 @@ def convolution() -> Builder:
     return builder
 
 
-GOOD = [int8, fp8, channels_last, int4_weight_only, segments, gemm, convolution]
+def casts_that_do_nothing() -> Builder:
+    builder = Builder(19)
+    pair = builder.quantize(builder.node("Cast", ["x"], "same", to=TensorProto.FLOAT), "input")
+    weight = builder.node("Cast", [builder.weight()], "same_weight", to=TensorProto.FLOAT)
+    builder.product(builder.node("Cast", [pair], "same_pair", to=TensorProto.FLOAT), weight)
+    return builder
+
+
+GOOD = [int8, fp8, casts_that_do_nothing, channels_last, int4_weight_only, segments, gemm, convolution]
 
 
 @pytest.mark.parametrize("build", GOOD, ids=lambda build: build.__name__)
@@ -534,6 +550,29 @@ def test_local_functions_are_looked_into() -> None:
 
 
 OPSETS = [helper.make_opsetid("", 19)]
+
+
+# -- what the exporter writes ------------------------------------------------------------------------------------------
+
+
+def test_exported_models(tmp_path: Path) -> None:
+    """Segments, splits by sign and shifts keep the rules with target="tensorrt"; unsigned codes do not."""
+    config = copy.deepcopy(modelopt_ext.SEGQUANT_INT8_CFG)
+    config["algorithm"] |= {"samples": 128, "alpha": 0.5, "progress": False}
+    model = tiny_sd3_transformer()
+    mtq.quantize(model, config, loop_over(range(4)))
+    for target in ("tensorrt", "onnxruntime"):
+        path = export_module(model, tmp_path / f"{target}.onnx", sd3_inputs(0), target=target)
+        broken = {violation.rule for violation in check_tensorrt(path) if violation.severity == "error"}
+        assert broken == (set() if target == "tensorrt" else {"code-type", "zero-point"})
+    graph = onnx.load(tmp_path / "tensorrt.onnx").graph
+    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+    weights = {t.name for t in graph.initializer if t.data_type == TensorProto.INT8 and len(t.dims) == 2}
+    readers = Counter(name for node in graph.node for name in node.input if name in weights)
+    pairs = sum(node.op_type == "QuantizeLinear" for node in graph.node)
+    # Cut layers have several weights, and layers split by sign more pairs than weights.
+    assert linears < len(weights) < pairs
+    assert set(readers.values()) == {1}
 
 
 # -- trtexec -----------------------------------------------------------------------------------------------------------

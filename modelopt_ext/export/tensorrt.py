@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from onnx import ModelProto
 
-from .tensorrt_rules import RULES, Graph, Violation
+from .qdq_graph import QdqGraph
+from .tensorrt_rules import RULES, Violation
 from .trtexec import trtexec_command
 
 __all__ = ["TensorRTRuleError", "Violation", "assert_tensorrt", "check_tensorrt", "trtexec_command"]
@@ -52,7 +53,7 @@ def check_tensorrt(model: ModelProto | str | os.PathLike[str]) -> list[Violation
         FileNotFoundError: there is no such file.
         ValueError: the file is not an ONNX model.
     """
-    graph = Graph(model)
+    graph = QdqGraph(model)
     return [violation for rule in RULES for violation in rule(graph)]
 
 

@@ -4,7 +4,7 @@ Sources: TensorRT's documentation (Explicit Quantization, Quantization Schemes, 
 the checks of its ONNX parser (onnx-tensorrt, ``QuantDequantLinearHelper``) and, for the names of attention
 projections, NVIDIA's Stable Diffusion demo (``fuse_mha_qkv_int8_sq``).
 
-Every rule is a function that takes a :class:`Graph` and yields :class:`Violation`; :data:`RULES` lists them.
+Every rule is a function that takes a :class:`QdqGraph` and yields :class:`Violation`; :data:`RULES` lists them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from .graph_index import DEFAULT_DOMAINS, GraphIndex, attribute, label, type_name
+from .graph_index import DEFAULT_DOMAINS, attribute, label, type_name
+from .qdq_graph import Operand, QdqGraph, is_operator, zero_point_of
 
 SMALLEST_OPSET = 19
 """QuantizeLinear and DequantizeLinear know FLOAT8E4M3FN from here on."""
@@ -30,8 +30,6 @@ INT4_BLOCKS = (64, 128)
 
 _QUANTIZED = (TensorProto.INT8, TensorProto.FLOAT8E4M3FN, TensorProto.INT4)
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
-_VIEWS = ("Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split")
 _INTEGER_OPERATORS = (
     "DynamicQuantizeLinear",
     "MatMulInteger",
@@ -64,104 +62,10 @@ class Violation:
         return f"[{self.rule}] {self.node}: {self.message}"
 
 
-@dataclass(frozen=True)
-class Operand:
-    """An input of a product, traced back to where it was quantized.
-
-    Attributes:
-        dequantize: the DequantizeLinear that it comes from, None if it is not quantized.
-        quantize: the QuantizeLinear before that, None for a constant of codes.
-        constant: whether it comes from a constant, i.e. is a weight.
-        path: the nodes between ``dequantize`` (or the constant) and the product, last first.
-    """
-
-    dequantize: NodeProto | None
-    quantize: NodeProto | None
-    constant: bool
-    path: tuple[NodeProto, ...]
-
-
-class Graph(GraphIndex):
-    """An indexed graph with the notions that the rules share."""
-
-    @cached_property
-    def quantizers(self) -> list[NodeProto]:
-        """All QuantizeLinear and DequantizeLinear nodes."""
-        return [node for node in self.nodes if _is(node, "QuantizeLinear") or _is(node, "DequantizeLinear")]
-
-    @cached_property
-    def products(self) -> list[tuple[NodeProto, Operand, Operand]]:
-        """All matrix products and convolutions with their two operands."""
-        return [
-            (node, self.operand(node.input[0]), self.operand(node.input[1]))
-            for node in self.nodes
-            if node.op_type in _PRODUCTS and node.domain in DEFAULT_DOMAINS
-        ]
-
-    def operand(self, name: str) -> Operand:
-        """Trace the input ``name`` of a product back."""
-        path, source = self.back_through_views(name)
-        node = self.producers.get(source)
-        if not _is(node, "DequantizeLinear"):
-            return Operand(None, None, self.constant(source) is not None, path)
-        _, codes = self.back_through_views(node.input[0])
-        quantize = self.producers.get(codes)
-        if not _is(quantize, "QuantizeLinear"):
-            return Operand(node, None, self.constant(codes) is not None, path)
-        _, values = self.back_through_views(quantize.input[0])
-        return Operand(node, quantize, self.constant(values) is not None, path)
-
-    def back_through_views(self, name: str) -> tuple[tuple[NodeProto, ...], str]:
-        """The views of which ``name`` is the result, last first, and the tensor that they look at."""
-        path = []
-        while (node := self.producers.get(name)) is not None and node.op_type in _VIEWS:
-            path.append(node)
-            name = node.input[0]
-        return tuple(path), name
-
-    def forward_through_views(self, name: str) -> Iterator[NodeProto]:
-        """The nodes that read ``name`` or a view of it."""
-        for node, position in self.consumers(name):
-            if node.op_type in _VIEWS and position == 0:
-                for output in node.output:
-                    yield from self.forward_through_views(output)
-            else:
-                yield node
-
-    def code_type(self, node: NodeProto) -> int:
-        """The type of the codes of a QuantizeLinear or DequantizeLinear, UNDEFINED if nothing says it."""
-        if _is(node, "DequantizeLinear"):
-            return self.element_type(node.input[0])
-        if zero := _zero_point(node):
-            return self.element_type(zero)
-        return int(attribute(node, "output_dtype", TensorProto.UNDEFINED))
-
-    def reads_constant(self, node: NodeProto) -> bool:
-        """Whether a QuantizeLinear or DequantizeLinear works on a weight."""
-        _, source = self.back_through_views(node.input[0])
-        producer = self.producers.get(source)
-        if _is(node, "DequantizeLinear") and _is(producer, "QuantizeLinear"):
-            return self.reads_constant(producer)
-        return self.constant(source) is not None
-
-    def scale(self, node: NodeProto) -> np.ndarray | None:
-        """The scale of a QuantizeLinear or DequantizeLinear as float32, None unless it is constant."""
-        value = self.value(node.input[1])
-        return None if value is None else np.asarray(value).astype(np.float32)
-
-
-def _is(node: NodeProto | None, kind: str) -> TypeGuard[NodeProto]:
-    return node is not None and node.op_type == kind and node.domain in DEFAULT_DOMAINS
-
-
-def _zero_point(node: NodeProto) -> str:
-    return node.input[2] if len(node.input) > 2 else ""
-
-
 # -- the graph as a whole ----------------------------------------------------------------------------------------------
 
 
-def opset(graph: Graph) -> Iterator[Violation]:
+def opset(graph: QdqGraph) -> Iterator[Violation]:
     """Opset 19, and 21 for INT4: before, the parser adds casts of its own and float8 has no standard form."""
     needed = SMALLEST_OPSET
     if any(graph.code_type(node) == TensorProto.INT4 for node in graph.quantizers):
@@ -172,7 +76,7 @@ def opset(graph: Graph) -> Iterator[Violation]:
         )
 
 
-def operators(graph: Graph) -> Iterator[Violation]:
+def operators(graph: QdqGraph) -> Iterator[Violation]:
     """Standard operators only, and none of the integer ones, which TensorRT's parser does not have."""
     for node in graph.nodes:
         if node.domain not in DEFAULT_DOMAINS:
@@ -195,11 +99,11 @@ def operators(graph: Graph) -> Iterator[Violation]:
 # -- each QuantizeLinear and DequantizeLinear --------------------------------------------------------------------------
 
 
-def code_types(graph: Graph) -> Iterator[Violation]:
+def code_types(graph: QdqGraph) -> Iterator[Violation]:
     """INT8, FLOAT8E4M3FN or (weights) INT4; the parser turns an unsigned or missing type into INT8."""
     for node in graph.quantizers:
         kind = graph.code_type(node)
-        if kind == TensorProto.UNDEFINED and _is(node, "QuantizeLinear"):
+        if kind == TensorProto.UNDEFINED and is_operator(node, "QuantizeLinear"):
             yield Violation(
                 "code-type",
                 label(node),
@@ -210,15 +114,15 @@ def code_types(graph: Graph) -> Iterator[Violation]:
             yield Violation(
                 "code-type",
                 label(node),
-                f"codes are {type_name(kind)}, TensorRT has INT8, FLOAT8E4M3FN and, for weights, INT4; quantize again "
-                "with signed codes (polarity other than 'dual8')",
+                f"codes are {type_name(kind)}, TensorRT has INT8, FLOAT8E4M3FN and, for weights, INT4; export with "
+                "target='tensorrt', which stores signed codes",
             )
 
 
-def zero_points(graph: Graph) -> Iterator[Violation]:
+def zero_points(graph: QdqGraph) -> Iterator[Violation]:
     """Symmetric: zero points are constants of zeros."""
     for node in graph.quantizers:
-        if not (name := _zero_point(node)):
+        if not (name := zero_point_of(node)):
             continue
         value = graph.value(name)
         if value is None:
@@ -227,12 +131,12 @@ def zero_points(graph: Graph) -> Iterator[Violation]:
             yield Violation(
                 "zero-point",
                 label(node),
-                "the zero point is not zero, and TensorRT is symmetric only; quantize symmetrically, a shift goes "
-                "before QuantizeLinear as a Sub and into the bias",
+                "the zero point is not zero, and TensorRT is symmetric only; export with target='tensorrt', which "
+                "writes a shift as a Sub before QuantizeLinear and into the bias",
             )
 
 
-def scales(graph: Graph) -> Iterator[Violation]:
+def scales(graph: QdqGraph) -> Iterator[Violation]:
     """Scales are constants, positive and finite."""
     for node in graph.quantizers:
         if graph.constant(node.input[1]) is None:
@@ -248,7 +152,7 @@ def scales(graph: Graph) -> Iterator[Violation]:
             yield Violation("scale-value", label(node), "every scale must be positive and finite; calibrate again")
 
 
-def activation_granularity(graph: Graph) -> Iterator[Violation]:
+def activation_granularity(graph: QdqGraph) -> Iterator[Violation]:
     """One scale for an activation tensor."""
     for node in graph.quantizers:
         value = graph.scale(node)
@@ -261,19 +165,19 @@ def activation_granularity(graph: Graph) -> Iterator[Violation]:
             )
 
 
-def types(graph: Graph) -> Iterator[Violation]:
+def types(graph: QdqGraph) -> Iterator[Violation]:
     """Strongly typed: nothing is cast unless the graph says so."""
     for node in graph.quantizers:
         data, scale = (graph.element_type(name) for name in node.input[:2])
         if scale not in (*_FLOATS, TensorProto.UNDEFINED):
             yield Violation("strong-types", label(node), f"the scale is {type_name(scale)}, not a 16- or 32-bit float")
-        elif _is(node, "QuantizeLinear") and TensorProto.UNDEFINED not in (data, scale) and data != scale:
+        elif is_operator(node, "QuantizeLinear") and TensorProto.UNDEFINED not in (data, scale) and data != scale:
             yield Violation(
                 "strong-types",
                 label(node),
                 f"the scale is {type_name(scale)}, the input {type_name(data)}; give the scale the input's type",
             )
-        elif _is(node, "DequantizeLinear") and (zero := _zero_point(node)):
+        elif is_operator(node, "DequantizeLinear") and (zero := zero_point_of(node)):
             kind = graph.element_type(zero)
             if TensorProto.UNDEFINED not in (data, kind) and data != kind:
                 yield Violation(
@@ -296,14 +200,14 @@ def types(graph: Graph) -> Iterator[Violation]:
 # -- pairs and products ------------------------------------------------------------------------------------------------
 
 
-def pairs(graph: Graph) -> Iterator[Violation]:
+def pairs(graph: QdqGraph) -> Iterator[Violation]:
     """A QuantizeLinear feeds DequantizeLinear of the same scale, and a DequantizeLinear reads codes."""
     for node in graph.quantizers:
-        if _is(node, "QuantizeLinear"):
+        if is_operator(node, "QuantizeLinear"):
             yield from _pair(graph, node)
         else:
             _, source = graph.back_through_views(node.input[0])
-            if graph.constant(source) is None and not _is(graph.producers.get(source), "QuantizeLinear"):
+            if graph.constant(source) is None and not is_operator(graph.producers.get(source), "QuantizeLinear"):
                 yield Violation(
                     "qdq-pair",
                     label(node),
@@ -311,9 +215,9 @@ def pairs(graph: Graph) -> Iterator[Violation]:
                 )
 
 
-def _pair(graph: Graph, node: NodeProto) -> Iterator[Violation]:
+def _pair(graph: QdqGraph, node: NodeProto) -> Iterator[Violation]:
     readers = list(graph.forward_through_views(node.output[0]))
-    others = [reader for reader in readers if not _is(reader, "DequantizeLinear")]
+    others = [reader for reader in readers if not is_operator(reader, "DequantizeLinear")]
     if others or not readers:
         who = ", ".join(label(other) for other in others) or "nothing"
         yield Violation("qdq-pair", label(node), f"its codes are read by {who}; a DequantizeLinear must follow")
@@ -330,13 +234,13 @@ def _pair(graph: Graph, node: NodeProto) -> Iterator[Violation]:
             )
 
 
-def one_pair_per_input(graph: Graph) -> Iterator[Violation]:
+def one_pair_per_input(graph: QdqGraph) -> Iterator[Violation]:
     """Between a float tensor and a product there is one pair."""
     for node in graph.quantizers:
-        if not _is(node, "QuantizeLinear"):
+        if not is_operator(node, "QuantizeLinear"):
             continue
         _, source = graph.back_through_views(node.input[0])
-        if _is(graph.producers.get(source), "DequantizeLinear"):
+        if is_operator(graph.producers.get(source), "DequantizeLinear"):
             yield Violation(
                 "one-pair",
                 label(node),
@@ -344,7 +248,7 @@ def one_pair_per_input(graph: Graph) -> Iterator[Violation]:
             )
 
 
-def product_inputs(graph: Graph) -> Iterator[Violation]:
+def product_inputs(graph: QdqGraph) -> Iterator[Violation]:
     """Both inputs of a product are quantized, to one type, or only its INT4 weight."""
     for node, first, second in graph.products:
         quantized = [operand for operand in (first, second) if operand.dequantize is not None]
@@ -375,7 +279,7 @@ def product_inputs(graph: Graph) -> Iterator[Violation]:
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def duplicated_weights(graph: Graph) -> Iterator[Violation]:
+def duplicated_weights(graph: QdqGraph) -> Iterator[Violation]:
     """One constant, one DequantizeLinear: products that share a weight share its dequantized tensor."""
     readers: dict[str, list[NodeProto]] = defaultdict(list)
     for node in graph.quantizers:
@@ -392,10 +296,10 @@ def duplicated_weights(graph: Graph) -> Iterator[Violation]:
             )
 
 
-def unfolded_weights(graph: Graph) -> Iterator[Violation]:
+def unfolded_weights(graph: QdqGraph) -> Iterator[Violation]:
     """Weights are stored as codes."""
     for node in graph.quantizers:
-        if _is(node, "QuantizeLinear") and graph.reads_constant(node):
+        if is_operator(node, "QuantizeLinear") and graph.reads_constant(node):
             yield Violation(
                 "unfolded-weight",
                 label(node),
@@ -405,7 +309,7 @@ def unfolded_weights(graph: Graph) -> Iterator[Violation]:
             )
 
 
-def weight_scales(graph: Graph) -> Iterator[Violation]:
+def weight_scales(graph: QdqGraph) -> Iterator[Violation]:
     """Per tensor, or per output channel of the product; for INT4 per block of input channels."""
     for node, first, second in graph.products:
         for position, operand in enumerate((first, second)):
@@ -422,7 +326,7 @@ def weight_scales(graph: Graph) -> Iterator[Violation]:
                 yield from _channels(quantizer, value, sizes, _axis(node, operand, position, len(sizes), channel=True))
 
 
-def int4_weights_only(graph: Graph) -> Iterator[Violation]:
+def int4_weights_only(graph: QdqGraph) -> Iterator[Violation]:
     """INT4 is for weights."""
     for node in graph.quantizers:
         if graph.code_type(node) == TensorProto.INT4 and not graph.reads_constant(node):
@@ -447,7 +351,7 @@ def _axis(product: NodeProto, operand: Operand, position: int, rank: int, channe
     for node in operand.path:
         if node.op_type == "Transpose":
             axis = list(attribute(node, "perm", range(rank - 1, -1, -1)))[axis]
-        elif node.op_type != "Identity":
+        elif node.op_type not in ("Identity", "Cast"):
             return None
     return axis
 
@@ -507,7 +411,7 @@ def _int4(node: NodeProto, scale: np.ndarray, shape: tuple[int, ...], axis: int 
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def attention_names(graph: Graph) -> Iterator[Violation]:
+def attention_names(graph: QdqGraph) -> Iterator[Violation]:
     """NVIDIA's SDXL demo finds what to fuse by the names of attention inputs, and takes q, k and v for alike."""
     found: dict[str, dict[str, Operand]] = defaultdict(dict)
     unnamed, total, example = 0, 0, ""
@@ -540,7 +444,7 @@ def _attention_projection(node: NodeProto, weight: Operand) -> re.Match[str] | N
     return next((match for name in names if (match := _ATTENTION.match(name))), None)
 
 
-def _alike(graph: Graph, attention: str, operands: dict[str, Operand]) -> Iterator[Violation]:
+def _alike(graph: QdqGraph, attention: str, operands: dict[str, Operand]) -> Iterator[Violation]:
     # attn1 is self-attention; in the others the query reads another tensor.
     wanted = "qkv" if attention.endswith("attn1") else "kv"
     sources = set()
@@ -549,18 +453,19 @@ def _alike(graph: Graph, attention: str, operands: dict[str, Operand]) -> Iterat
         if operand is None or operand.quantize is None:
             return
         scale = graph.scale(operand.quantize)
-        sources.add((operand.quantize.input[0], None if scale is None else tuple(scale.ravel().tolist())))
+        _, source = graph.back_through_views(operand.quantize.input[0])
+        sources.add((source, None if scale is None else tuple(scale.ravel().tolist())))
     if len(sources) > 1:
         yield Violation(
             "attention-scales",
             attention,
             f"{', '.join(wanted)} read different tensors or have different input scales, so NVIDIA's SDXL demo must "
-            "not fuse them; calibrate with a shared smoothing and scale (target='tensorrt')",
+            "not fuse them; alpha=None, polarity='none', clip_grid=(1.0,) give layers with one input one scale",
             "info",
         )
 
 
-RULES: tuple[Callable[[Graph], Iterator[Violation]], ...] = (
+RULES: tuple[Callable[[QdqGraph], Iterator[Violation]], ...] = (
     opset,
     operators,
     code_types,
