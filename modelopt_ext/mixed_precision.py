@@ -422,7 +422,7 @@ class Allocation:
             candidate = self._of(layer)
             entries += candidate.entries(layer.name)
             if candidate.algorithm and not candidate.is_full_precision:
-                layers[glob.escape(layer.name)] = dict(candidate.algorithm)
+                layers[glob.escape(layer.name)] = {**candidate.algorithm, **self._shared_settings(layer.name)}
         if len(entries) == 1:
             raise ValueError("every layer stays in full precision: there is nothing to quantize")
         algorithm = {"method": "segquant", **_ALONE, **self.scores.algorithm}
@@ -435,6 +435,14 @@ class Allocation:
         weights = sum(layer.weights for layer in self.scores.layers)
         work = sum(layer.rows * layer.calls * layer.weights for layer in self.scores.layers)
         lines = [("candidate", "layers", "weights, %", "multiply-adds, %", "noise, %", "which")]
+    def _shared_settings(self, name: str) -> dict[str, Any]:
+        """The settings by layer that all candidates were measured with, which count for more than a candidate's own."""
+        settings: dict[str, Any] = {}
+        for pattern, fields in self.scores.algorithm.get("layers", {}).items():
+            if fnmatchcase(name, pattern):
+                settings |= fields
+        return settings
+
         noise = math.fsum(layer.noise[self.choices[layer.name]] for layer in self.scores.layers)
         for candidate in self.scores.candidates:
             chosen = [layer for layer in self.scores.layers if self.choices[layer.name] == candidate.name]
@@ -509,6 +517,7 @@ def score_candidates(
             coarsest candidate only, and takes the ratio of two candidates' noise at the layer's own output for their
             ratio at the model's output: the time of one sensitivity table, and a rougher prediction.
         score_loop: calls the model with the data to measure on, best not the calibration's; by default
+            Its ``layers`` count for more than a candidate's own fields.
             ``forward_loop``.
         batches: how many of its calls are measured.
 

@@ -20,6 +20,7 @@ from test_sensitivity import CALIBRATION, SCORE, Block, assert_unchanged, inputs
 from tiny_pipelines import tiny_sd3_pipeline
 from torch import Tensor, nn
 
+from modelopt_ext.config import SegQuantCalibConfig
 from modelopt_ext.mixed_precision import (
     DEFAULT_CANDIDATES,
     Allocation,
@@ -272,6 +273,25 @@ def test_settings_of_four_bits_by_layer():
     """GPTQ and a low-rank branch for one layer only; its factors count as weight bits."""
     fitted = Candidate("fitted", W4, TOKEN, {"gptq": True, "low_rank": {"rank": 4}})
     model = Block()
+def test_settings_by_layer_that_all_candidates_share(scores: CandidateScores):
+    """They were there when the candidates were measured, and hold in the mix against a candidate's own."""
+    own = {"layers": {"sec*": {"second_product": False}, "second": {"polarity": "shift"}}}
+    split = Candidate("split", W8, A8, {"second_product": True, "alpha": 0.5})
+    found = score_candidates(
+        Block(), CALIBRATION, candidates=[FEW[0], split], algorithm={**QUICK, **own}, score_loop=SCORE
+    )
+    config = found.uniform("split").config()
+    fields = SegQuantCalibConfig.model_validate(config["algorithm"])
+    second, first = fields.for_layer("second"), fields.for_layer("first")
+    assert (second.second_product, second.polarity, second.alpha) == (False, "shift", 0.5)
+    assert (first.second_product, first.polarity, first.alpha) == (True, "auto", 0.5)
+    quantized = mtq.quantize(Block(), config, CALIBRATION)
+    assert quantized.second.layout.polarity == ("none",)
+    assert found.layers[1].split["split"] == 0
+    measured = -10 * math.log10(noise_of(Block(), quantized))
+    assert found.uniform("split").predicted_sqnr == pytest.approx(measured, abs=1.0)
+
+
     scores = score_candidates(
         model, CALIBRATION, candidates=(FEW[2], fitted), algorithm=QUICK, score_loop=SCORE, exclude=["unused"]
     )
