@@ -542,8 +542,9 @@ def score_candidates(
             raise ValueError(
                 f"exclude pattern {pattern!r} matches no Linear; names are like {', '.join([*linears][:3])}"
             )
-    if algorithm.get("embedders", "as_configured") != "as_configured":
-        raise ValueError("embedders are layers like any other here; leave embedders='as_configured'")
+    for policy in ("embedders", "last_layers"):
+        if algorithm.get(policy, "as_configured") != "as_configured":
+            raise ValueError(f"{policy} get candidates like any other layer; leave {policy}='as_configured'")
     excluded = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in exclude)]
 
     quantizing = [candidate for candidate in candidates if not candidate.is_full_precision]

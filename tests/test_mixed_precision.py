@@ -387,8 +387,9 @@ def test_refusals_leave_the_model_alone(caplog: pytest.LogCaptureFixture):
         allocate(model, CALIBRATION, bits=5, candidates=[FEW[3]])
     with pytest.raises(ValueError, match=r"'\*attention\*' matches no Linear; names are like first, second, twice"):
         allocate(model, CALIBRATION, bits=5, exclude=["*attention*"])
-    with pytest.raises(ValueError, match="leave embedders='as_configured'"):
-        allocate(model, CALIBRATION, bits=5, algorithm={"embedders": "per_token"})
+    for policy in ("embedders", "last_layers"):
+        with pytest.raises(ValueError, match=f"{policy} .*; leave {policy}='as_configured'"):
+            allocate(model, CALIBRATION, bits=5, algorithm={policy: "eight_bit"})
     with pytest.raises(ValueError, match="candidate 'x': 'samples' can't be set by layer"):
         Candidate("x", W8, None, {"samples": 8})
     with pytest.raises(ValueError, match="scores is 'measured' or 'local', got 'guess'"):
