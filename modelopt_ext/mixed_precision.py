@@ -192,8 +192,10 @@ class CostModel:
     weight_read: float = 160.0
 
     def __post_init__(self) -> None:
-        if max(self.compute, default=0) < FULL_PRECISION_BITS:
-            raise ValueError(f"compute needs a cost for 16 bits, got widths {sorted(self.compute)}")
+        if FULL_PRECISION_BITS not in self.compute:
+            raise ValueError(
+                f"compute needs a cost for 16 bits, got widths {sorted(self.compute)}: give e.g. {{16: 1.0, 8: 0.5}}"
+            )
 
     def time(
         self,
@@ -317,11 +319,14 @@ class CandidateScores:
             only: names of the candidates to choose among; by default all.
 
         Raises:
-            ValueError: no budget, an unknown name, or a budget that no mix meets (the message has the smallest one).
+            ValueError: no budget, ``time_of`` without ``time``, an unknown name, or a budget that no mix meets (the
+                message has the smallest one).
         """
         costs = costs or CostModel()
         if bits is None and time is None:
             raise ValueError("give a budget: bits=4.5 (average bits a weight), time=1.05 (times the first candidate's)")
+        if time is None and time_of is not None:
+            raise ValueError(f"time_of={time_of!r} says what time counts in: give time, too, or leave time_of out")
         chosen = self.candidates if only is None else tuple(self.candidate(name) for name in only)
         if not chosen:
             raise ValueError("only=() leaves no candidate to choose among")
@@ -430,11 +435,6 @@ class Allocation:
             algorithm["layers"] = {**algorithm.get("layers", {}), **layers}
         return {"quant_cfg": entries, "algorithm": algorithm}
 
-    def table(self) -> str:
-        """One row a candidate in use: its layers, and their share of weights and multiply-adds."""
-        weights = sum(layer.weights for layer in self.scores.layers)
-        work = sum(layer.rows * layer.calls * layer.weights for layer in self.scores.layers)
-        lines = [("candidate", "layers", "weights, %", "multiply-adds, %", "noise, %", "which")]
     def _shared_settings(self, name: str) -> dict[str, Any]:
         """The settings by layer that all candidates were measured with, which count for more than a candidate's own."""
         settings: dict[str, Any] = {}
@@ -443,6 +443,11 @@ class Allocation:
                 settings |= fields
         return settings
 
+    def table(self) -> str:
+        """One row a candidate in use: its layers, and their share of weights and multiply-adds."""
+        weights = sum(layer.weights for layer in self.scores.layers)
+        work = sum(layer.rows * layer.calls * layer.weights for layer in self.scores.layers)
+        lines = [("candidate", "layers", "weights, %", "multiply-adds, %", "noise, %", "which")]
         noise = math.fsum(layer.noise[self.choices[layer.name]] for layer in self.scores.layers)
         for candidate in self.scores.candidates:
             chosen = [layer for layer in self.scores.layers if self.choices[layer.name] == candidate.name]
@@ -512,12 +517,12 @@ def score_candidates(
         forward_loop: calls it with the calibration data.
         candidates: what to try.
         algorithm: fields of :class:`~modelopt_ext.SegQuantCalibConfig` for all candidates; ``exclude`` among them too.
+            Its ``layers`` count for more than a candidate's own fields.
         exclude: shell-style patterns of Linears to leave in full precision.
         scores: ``"measured"`` runs the model once for every layer, candidate and batch. ``"local"`` does so for the
             coarsest candidate only, and takes the ratio of two candidates' noise at the layer's own output for their
             ratio at the model's output: the time of one sensitivity table, and a rougher prediction.
         score_loop: calls the model with the data to measure on, best not the calibration's; by default
-            Its ``layers`` count for more than a candidate's own fields.
             ``forward_loop``.
         batches: how many of its calls are measured.
 

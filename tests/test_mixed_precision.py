@@ -152,6 +152,8 @@ def test_impossible_budgets_say_what_is_possible():
         scores.allocate(bits=8, only=[])
     with pytest.raises(ValueError, match="no candidate 'z'"):
         scores.allocate(time=1, time_of="z")
+    with pytest.raises(ValueError, match="time_of='a' says what time counts in: give time"):
+        scores.allocate(bits=8, time_of="a")
 
 
 def test_cost_model_by_hand():
@@ -172,6 +174,8 @@ def test_cost_model_by_hand():
     assert ada.time(1000, 64, 32, static) == pytest.approx(0.4 * 1000 * 64 * 32)
     with pytest.raises(ValueError, match="compute needs a cost for 16 bits"):
         CostModel(compute={8: 0.5})
+    with pytest.raises(ValueError, match=r"compute needs a cost for 16 bits, got widths \[8, 32\]"):
+        CostModel(compute={8: 0.5, 32: 2.0})
 
 
 def test_bits_of_formats():
@@ -269,10 +273,6 @@ def test_split_and_polarity_by_layer():
     assert mix.predicted_sqnr == pytest.approx(measured, abs=1.0)
 
 
-def test_settings_of_four_bits_by_layer():
-    """GPTQ and a low-rank branch for one layer only; its factors count as weight bits."""
-    fitted = Candidate("fitted", W4, TOKEN, {"gptq": True, "low_rank": {"rank": 4}})
-    model = Block()
 def test_settings_by_layer_that_all_candidates_share(scores: CandidateScores):
     """They were there when the candidates were measured, and hold in the mix against a candidate's own."""
     own = {"layers": {"sec*": {"second_product": False}, "second": {"polarity": "shift"}}}
@@ -292,6 +292,10 @@ def test_settings_by_layer_that_all_candidates_share(scores: CandidateScores):
     assert found.uniform("split").predicted_sqnr == pytest.approx(measured, abs=1.0)
 
 
+def test_settings_of_four_bits_by_layer():
+    """GPTQ and a low-rank branch for one layer only; its factors count as weight bits."""
+    fitted = Candidate("fitted", W4, TOKEN, {"gptq": True, "low_rank": {"rank": 4}})
+    model = Block()
     scores = score_candidates(
         model, CALIBRATION, candidates=(FEW[2], fitted), algorithm=QUICK, score_loop=SCORE, exclude=["unused"]
     )
