@@ -13,11 +13,16 @@ from .quantizers.registration import register
 
 if TYPE_CHECKING:
     from .checkpoints.save import save_segquant
+    from .checkpoints.tensors import dequantize
     from .quantizers.config import SegQuantConfig
 
-__all__ = ["SegQuantConfig", "save_segquant"]
+__all__ = ["SegQuantConfig", "dequantize", "save_segquant"]
 
-_LAZY = {"SegQuantConfig": ".quantizers.config", "save_segquant": ".checkpoints.save"}
+_LAZY = {
+    "SegQuantConfig": ".quantizers.config",
+    "dequantize": ".checkpoints.tensors",
+    "save_segquant": ".checkpoints.save",
+}
 
 register()
 

@@ -65,7 +65,7 @@ def _rest_dtype(model: nn.Module) -> torch.dtype:
 
 
 def for_file(state_dict: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
-    """A state dict as a file holds it: views of the same memory.
+    """A state dict as a file holds it: views of the same memory, by name, so that shards don't depend on history.
 
     Args:
         state_dict: of the whole model.
@@ -74,7 +74,7 @@ def for_file(state_dict: Mapping[str, Tensor], layers: Iterable[str]) -> dict[st
     packed = set(layers)
     return {
         key: _to_file(key.rpartition(".")[2], tensor) if key.rpartition(".")[0] in packed else tensor
-        for key, tensor in state_dict.items()
+        for key, tensor in sorted(state_dict.items())
     }
 
 
@@ -201,12 +201,17 @@ def _finish_offloaded(module: PackedLinear) -> None:
             store[f"{prefix}{field}"] = _from_file(field, value)
 
 
-def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace packed Linears by plain ones with the rounded weights, in place.
+
+    For a model that was loaded from a checkpoint call its own ``model.dequantize()``, which does this and more.
 
     Args:
         model: with packed Linears, on real devices.
         dtype: of the new weights; by default each layer's bias's, or that of most other parameters.
+
+    Returns:
+        ``model``.
 
     Raises:
         ValueError: weights are offloaded by accelerate.
@@ -225,3 +230,4 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             plain[id(module)] = module.dequantize(dtype or (rest if module.bias is None else module.bias.dtype))
             plain[id(module)].train(module.training)
         model.set_submodule(name, plain[id(module)])
+    return model

@@ -71,6 +71,10 @@ class QuantizeAtLoad:
         plain = model.get_submodule(name)
         packed = self._packer.pack(name, weight, plain._parameters["bias"])
         packed.train(plain.training)
+        # transformers draws random numbers into what does not say that it has values.
+        parts: list[Any] = [packed, packed.weight, *packed.buffers()]
+        for part in parts:
+            part._is_hf_initialized = True
         model.set_submodule(name, packed)
         self._left.discard(name)
 

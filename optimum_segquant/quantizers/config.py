@@ -45,6 +45,7 @@ class SegQuantConfig(_Base):
 
     Attributes:
         checkpoint: what a loaded checkpoint says; None for a request to quantize.
+        abridged: whether :meth:`to_dict` leaves the layers out.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class SegQuantConfig(_Base):
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
         self.plan = None if plan is None else os.fspath(plan)
         self.checkpoint: CheckpointConfig | None = None
+        self.abridged = False
 
     @classmethod
     def of_checkpoint(cls, checkpoint: CheckpointConfig) -> SegQuantConfig:
@@ -87,6 +89,8 @@ class SegQuantConfig(_Base):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types: what goes into ``config.json``."""
+        if self.abridged:
+            return {"quant_method": self.quant_method.value}
         if self.checkpoint is not None:
             return self.checkpoint.to_dict()
         return {

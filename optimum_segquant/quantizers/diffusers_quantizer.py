@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
@@ -74,8 +75,12 @@ class SegQuantDiffusersQuantizer(PackedLoading, DiffusersQuantizer):
         self._finish(model)
         return model
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
-        return self._plain(model)
+    def _dequantize(self, model: Any) -> nn.Module:
+        self._plain(model)
+        # diffusers leaves this in the config, which the plain model would be saved with.
+        kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = FrozenDict(kept)
+        return model
 
     @property
     def is_serializable(self) -> bool:

@@ -36,6 +36,8 @@ class PackedLoading:
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what can't work before anything is read."""
+        # Until the model is built the hosts ask for the config only to put it into HTTP headers.
+        self.quantization_config.abridged = True
         if importlib.util.find_spec("accelerate") is None:
             raise ImportError("loading packed models needs accelerate: pip install accelerate")
         if kwargs.get("from_flax") or kwargs.get("from_tf"):
@@ -66,6 +68,7 @@ class PackedLoading:
         """Put the places of packed tensors into the skeleton, or plan what happens to arriving weights."""
         from ..checkpoints.tensors import prepare
 
+        self.quantization_config.abridged = False
         if self.pre_quantized:
             prepare(model, self._checkpoint, self._dtype)
         else:
@@ -89,10 +92,11 @@ class PackedLoading:
         if self.pre_quantized:
             check_complete(missing, self._checkpoint)
 
-    def _plain(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _plain(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         from ..checkpoints.tensors import dequantize
 
-        dequantize(model, dtype)
+        # transformers' configs have names of dtypes in them after a save.
+        dequantize(model, getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype)
         return model
 
 

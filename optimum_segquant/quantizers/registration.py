@@ -129,8 +129,8 @@ class _Loader(importlib.abc.Loader):
             _run(self._name, module, _ACTIONS[self._name])
         except Exception:  # a host that changed must stay usable for everything else
             logger.exception(
-                "segquant could not be registered with %s, whose version this release of optimum-segquant does not know: "
-                "packed models can't be loaded or saved with it",
+                "segquant could not be registered with %s, whose version this release of optimum-segquant does not "
+                "know: packed models can't be loaded or saved with it",
                 self._name,
             )
 
