@@ -84,9 +84,16 @@ def test_more_bits_lose_less(pipeline, trajectories):
     assert sqnr[2] - sqnr[0] == pytest.approx(20 * math.log10(511 / 7), abs=5)  # 6 dB a bit
 
 
-def test_images_need_a_reference(pipeline, trajectories):
+def test_images_need_a_reference(pipeline, trajectories, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("quantized before the arguments were checked")
+
+    monkeypatch.setattr(mtq, "quantize", refuse)
+    data = {"calibration": trajectories, "unseen": trajectories, "prompts": PROMPTS}
     with pytest.raises(ValueError, match="belong together"):
-        compare(pipeline, mtq.INT8_DEFAULT_CFG, calibration=trajectories, unseen=trajectories, prompts=PROMPTS)
+        compare(pipeline, mtq.INT8_DEFAULT_CFG, **data)
+    with pytest.raises(ValueError, match="2 prompts but 1 reference images"):
+        compare(pipeline, mtq.INT8_DEFAULT_CFG, reference=torch.zeros(1, 3, 16, 16), **data)
 
 
 def test_the_original_denoiser_comes_back_after_an_exception(pipeline):

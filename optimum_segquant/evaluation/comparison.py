@@ -79,11 +79,15 @@ def compare(
         call_kwargs: passed on to :func:`generate_images`.
 
     Raises:
-        ValueError: prompts without reference images or the other way round.
+        ValueError: prompts without reference images or the other way round, or another number of them.
     """
     if (len(prompts) > 0) != (reference is not None):
         raise ValueError(
             "prompts and reference belong together: generate the reference with the same prompts and seeds"
+        )
+    if reference is not None and len(reference) != len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts but {len(reference)} reference images: generate one image a prompt"
         )
     denoiser = copy.deepcopy(denoiser_of(pipeline))
     start = time.perf_counter()
