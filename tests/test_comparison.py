@@ -10,6 +10,8 @@ import torch
 from tiny_pipelines import tiny_sd3_pipeline
 from torch import nn
 
+from modelopt_ext import compress
+from modelopt_ext.presets import linear_only
 from optimum_segquant.evaluation import (
     DenoiserCall,
     LayerCost,
@@ -133,6 +135,24 @@ def test_layer_costs_by_hand():
     assert math.isclose(part.weights, (96 + 60) / (96 + 60 + 60 + 96))
     assert math.isclose(part.multiply_adds, (96 + 60) / (96 + 60 + 60 + 96))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_layer_costs_of_packed_weights():
+    """Two INT4 codes a byte: the layer has as many weights and multiply-adds as before."""
+    torch.manual_seed(0)
+    model = Layers()
+    call = DenoiserCall({"sample": torch.randn(3, 4, 8, 8)}, torch.zeros(3, 4, 8, 8), 1.0, 0)
+    trajectories = Trajectories((call,))
+    before = layer_costs(model, trajectories)
+    config = linear_only({"num_bits": 4, "axis": 0}, None, alpha=None, progress=False)
+    compress(mtq.quantize(model, config, trajectories.forward_loop))
+    assert model.blocks[1].weight.shape == (6, 5)
+    assert layer_costs(model, trajectories) == before
+
+
+def test_a_model_without_repeated_blocks_has_no_embedders():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert embedders(model, {"0": LayerCost(16, 16), "1": LayerCost(16, 16)}) == []
 
 
 def test_embedders_of_sd3(pipeline, trajectories):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from modelopt_ext import calibrate
 
 from .trajectories import Trajectories, first_tensor
 
@@ -41,7 +43,7 @@ def layer_costs(denoiser: nn.Module, trajectories: Trajectories) -> dict[str, La
     """Measure the cost of every Linear and convolution in the first recorded call.
 
     Args:
-        denoiser: the model; quantized or not.
+        denoiser: the model; quantized, packed, or neither.
         trajectories: only the first call is replayed.
 
     Returns:
@@ -51,21 +53,18 @@ def layer_costs(denoiser: nn.Module, trajectories: Trajectories) -> dict[str, La
     costs: dict[str, LayerCost] = {}
     handles = []
 
-    def counter(name: str, weight: Tensor, transposed: bool) -> Any:
-        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            # Each output element is a dot product with one row of the weight; a transposed convolution's weight has a
-            # row for each input element instead.
-            elements = args[0] if transposed else first_tensor(output)
-            multiply_adds = elements.numel() * (weight.numel() // weight.shape[0])
-            earlier = costs[name].multiply_adds if name in costs else 0
-            costs[name] = LayerCost(weight.numel(), earlier + multiply_adds)
-
-        return count
+    def count(name: str, module: nn.Linear | _ConvNd, args: tuple[Any, ...], output: Any) -> None:
+        rows, columns = _weight_shape(module)
+        # Each output element is a dot product with one row of the weight; a transposed convolution's weight has a row
+        # for each input element instead.
+        transposed = isinstance(module, _ConvNd) and module.transposed
+        elements: Tensor = args[0] if transposed else first_tensor(output)
+        earlier = costs[name].multiply_adds if name in costs else 0
+        costs[name] = LayerCost(rows * columns, earlier + elements.numel() * columns)
 
     for name, module in denoiser.named_modules():
         if isinstance(module, (nn.Linear, _ConvNd)):
-            transposed = isinstance(module, _ConvNd) and module.transposed
-            handles.append(module.register_forward_hook(counter(name, module.weight, transposed)))
+            handles.append(module.register_forward_hook(partial(count, name)))
     try:
         Trajectories(trajectories.calls[:1]).forward_loop(denoiser)
     finally:
@@ -74,18 +73,24 @@ def layer_costs(denoiser: nn.Module, trajectories: Trajectories) -> dict[str, La
     return costs
 
 
+def _weight_shape(module: nn.Linear | _ConvNd) -> tuple[int, int]:
+    """Rows and columns of a weight; packed Linears hold two INT4 codes a byte, and their weight looks narrower."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.weight.shape[0], module.weight[0].numel()
+
+
 def embedders(denoiser: nn.Module, costs: Mapping[str, LayerCost]) -> list[str]:
     """Return the names of the layers that run before the first of the repeated blocks.
 
-    Repeated blocks are what the model keeps in a ``ModuleList``; before them come the time, text, patch and guidance
-    embedders.
+    The same rule as that of the setting ``embedders`` of ``segquant``: repeated blocks are what the model keeps in a
+    ``ModuleList``; before them come the time, text, patch and guidance embedders. Empty for a model without blocks.
 
     Args:
         denoiser: the model.
         costs: from :func:`layer_costs`, in call order.
     """
-    lists = tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList))
-    return list(itertools.takewhile(lambda name: not name.startswith(lists), costs))
+    return calibrate.embedders(denoiser, list(costs))
 
 
 def share(costs: Mapping[str, LayerCost], names: Iterable[str]) -> LayerShare:
