@@ -265,6 +265,30 @@ def test_compressed_models_give_the_same_files(tmp_path: Path) -> None:
         assert (tmp_path / "simulated" / file).read_bytes() == (tmp_path / "packed" / file).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["fp8_per_token", "int8_per_token"])
+def test_half_precision(name: NativeFormat, tmp_path: Path) -> None:
+    """Engines run bfloat16: plain tensors keep that type, scales are float32."""
+    dtype = torch.bfloat16
+    model = calibrated(native_config(name), dtype)
+    export_native(model, tmp_path / "out")
+    _, tensors = read(tmp_path / "out")
+    kinds = {key.rpartition(".")[2]: value.dtype for key, value in tensors.items() if "attn.to_q" in key}
+    assert kinds == {"weight": DTYPES[name], "weight_scale": torch.float32, "bias": dtype}
+    loaded = load_like_an_engine(tmp_path / "out", SD3Transformer2DModel).to(dtype)
+    exact = outputs(tiny_sd3_transformer())
+    assert abs(sqnr(exact, outputs(loaded, dtype)) - sqnr(exact, outputs(model, dtype))) < 0.5
+
+
+def test_models_loaded_from_segquant_checkpoints_give_the_same_files(tmp_path: Path) -> None:
+    model = modelopt_ext.compress(calibrated(native_config("fp8")))
+    export_native(model, tmp_path / "direct")
+    model.save_pretrained(tmp_path / "segquant")
+    loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "segquant")
+    export_native(loaded, tmp_path / "loaded")
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "direct" / file).read_bytes() == (tmp_path / "loaded" / file).read_bytes()
+
+
 def test_flux(tmp_path: Path) -> None:
     model, inputs = build("FluxTransformer2DModel")
 
