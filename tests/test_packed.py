@@ -325,7 +325,10 @@ def test_scaled_mm_is_exact_for_integers() -> None:
     one = torch.ones(1, 1)
     assert torch.equal(scaled_mm(a, b, one, torch.ones(17)), exact.float())
     shifted = (a.long() + 128) @ b.long().t()
-    assert torch.equal(scaled_mm(a, b, one, torch.ones(17), zero=-128), shifted.float())
+    sums = b.sum(dim=1, dtype=torch.int32)
+    assert torch.equal(scaled_mm(a, b, one, torch.ones(17), zero=-128, sum_b=sums), shifted.float())
+    both = scaled_mm(a, b, one, torch.ones(17), a2=-a.clamp(min=-127), scale_a2=one * 2, sign=-1)
+    assert torch.equal(both, exact.float() + 2 * (a.clamp(min=-127).long() @ b.long().t()).float())
     scales, bias = torch.rand(33, 1), torch.randn(17)
     found = scaled_mm(a, b, scales, torch.arange(17.0), bias, out_dtype=torch.bfloat16)
     assert torch.equal(found, (exact.float() * scales * torch.arange(17.0) + bias).to(torch.bfloat16))
@@ -333,7 +336,21 @@ def test_scaled_mm_is_exact_for_integers() -> None:
 
 def test_scaled_mm_passes_torchs_operator_checks() -> None:
     a, b = torch.randint(-9, 9, (4, 8), dtype=torch.int8), torch.randint(-9, 9, (6, 8), dtype=torch.int8)
-    torch.library.opcheck(scaled_mm, (a, b, torch.rand(4, 1), torch.rand(6), torch.rand(6), -128, torch.float32))
+    sums = b.sum(dim=1, dtype=torch.int32)
+    arguments = (
+        a,
+        b,
+        torch.rand(4, 1),
+        torch.rand(6),
+        torch.rand(6),
+        -128,
+        sums,
+        a,
+        torch.rand(4, 1),
+        -1,
+        torch.float16,
+    )
+    torch.library.opcheck(scaled_mm, arguments)
     with pytest.raises(ValueError, match="multiplies int8 by int8"):
         scaled_mm(a, b.float(), torch.rand(4, 1), torch.rand(6))
 

@@ -20,6 +20,7 @@ Layout of what it holds, which is also the layout of a checkpoint (K in, N out, 
 ``input_scale_negative``     float32    (G, T): those of min(z, 0), where any segment is split by sign
 ``smoothing``                float32    (G, K)
 ``shift``                    float32    (K,)
+``weight_sum``               int32      (N, T): the sums of each segment's codes, where int8 codes are ``"dual8"``
 ``low_rank_down``            16 bit     (G r, K): group g has the rows [g r, (g + 1) r)
 ``low_rank_up``              16 bit     (N, r)
 ===========================  =========  ==============================================================================
@@ -99,6 +100,12 @@ class PackedSpec:
         return any(polarity in SPLIT_BY_SIGN for polarity in self.layout.polarity)
 
     @property
+    def has_zero_point(self) -> bool:
+        """Whether int8 holds unsigned codes, less UNSIGNED_OFFSET, in a product of integers."""
+        integers = self.weights != "float8_e4m3fn" and self.group is None
+        return integers and self.activations == "int8" and "dual8" in self.layout.polarity
+
+    @property
     def weight_scales(self) -> int:
         """S, how many scales a row of the weight has."""
         return len(self.layout.in_segments) if self.group is None else self.layout.in_features // self.group
@@ -140,6 +147,7 @@ class PackedLinear(nn.Linear):
     input_scale_negative: Tensor | None
     smoothing: Tensor | None
     shift: Tensor | None
+    weight_sum: Tensor | None
     low_rank_down: Tensor | None
     low_rank_up: Tensor | None
 
@@ -176,11 +184,12 @@ class PackedLinear(nn.Linear):
             "input_scale_negative": (groups, segments) if static and spec.splits_by_sign else None,
             "smoothing": (groups, self.in_features) if spec.smoothing else None,
             "shift": (self.in_features,) if spec.shift else None,
+            "weight_sum": (self.out_features, segments) if spec.has_zero_point else None,
             "low_rank_down": (groups * spec.rank, self.in_features) if spec.rank else None,
             "low_rank_up": (self.out_features, spec.rank) if spec.rank else None,
         }
         for name, size in shapes.items():
-            kind = torch.float32 if name in self.FLOAT32 else branch
+            kind = torch.float32 if name in self.FLOAT32 else torch.int32 if name == "weight_sum" else branch
             self.register_buffer(name, None if size is None else torch.empty(size, dtype=kind, device=device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -224,6 +233,9 @@ class PackedLinear(nn.Linear):
             if self.spec.weights == "int4":
                 stored = pack_int4(stored)
         self.weight.data.copy_(stored)
+        if self.weight_sum is not None:
+            sums = [codes[:, columns].sum(dim=1) for columns in self.spec.layout.in_slices]
+            self.weight_sum.copy_(torch.stack(sums, dim=1))
 
     def block_scale(self, segment: int) -> Tensor:
         """The scale of every weight of an input segment, (N, 1) or (N, channels) float32."""
@@ -246,75 +258,96 @@ class PackedLinear(nn.Linear):
         x = input.reshape(-1, input.shape[-1])
         z = x.float() if self.shift is None else x.float() - self.shift
         codes = self.codes()
-        groups = [self._group(z, codes, group, rows) for group, rows in enumerate(self.spec.layout.out_slices)]
+        # The last sum's rounding is the product's own, where nothing else is added.
+        direct = dtype if self.low_rank_up is None else torch.float32
+        groups = [self._group(z, codes, group, rows, direct) for group, rows in enumerate(self.spec.layout.out_slices)]
         output = groups[0] if len(groups) == 1 else torch.cat(groups, dim=-1)
         if self.low_rank_up is not None:
             output = output + self._branch(x)
-        if self.bias is not None:
-            output = output + self.bias
         return output.to(dtype).reshape(*input.shape[:-1], self.out_features)
 
-    def _group(self, z: Tensor, codes: Tensor, group: int, rows: slice) -> Tensor:
-        """What an output group gives without branch and bias, (M, rows) float32."""
+    def _group(self, z: Tensor, codes: Tensor, group: int, rows: slice, dtype: torch.dtype) -> Tensor:
+        """What an output group gives without the branch, (M, rows) in ``dtype``."""
         layout = self.spec.layout
         if self.smoothing is not None:
             z = z / self.smoothing[group]
-        parts = []
+        bias = None if self.bias is None else self.bias[rows]
+        last = len(layout.in_segments) - 1
+        total = None
         for segment, columns in enumerate(layout.in_slices):
             part = rotate(z[:, columns], layout.rotation[segment])
-            for values, scale, unsigned, sign in self._signs(part, group, segment):
-                product = self._product(values, scale, unsigned, codes, rows, segment, columns)
-                parts.append(product if sign > 0 else -product)
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
-
-    def _signs(self, z: Tensor, group: int, segment: int) -> Iterator[tuple[Tensor, Tensor | None, bool, int]]:
-        """What is multiplied with a block's weight: (values, static scale, whether codes are unsigned, sign)."""
-
-        def static(scales: Tensor | None) -> Tensor | None:
-            return None if scales is None else scales[group, segment].reshape(1, 1)
-
-        polarity = self.spec.layout.polarity[segment]
-        if polarity == "none":
-            yield z, static(self.input_scale), False, 1
-            return
-        yield z.clamp(min=0), static(self.input_scale), polarity == "dual8", 1
-        if polarity == "dual":
-            yield z.clamp(max=0), static(self.input_scale_negative), False, 1
-        else:
-            yield (-z).clamp(min=0), static(self.input_scale_negative), True, -1
+            product = self._product(
+                part,
+                codes[rows, columns],
+                group,
+                rows,
+                segment,
+                bias if segment == last else None,
+                dtype if last == 0 else None,
+            )
+            total = product if total is None else total + product
+        assert total is not None
+        return total.to(dtype)
 
     def _product(
         self,
         z: Tensor,
-        scale: Tensor | None,
-        unsigned: bool,
-        codes: Tensor,
+        weight: Tensor,
+        group: int,
         rows: slice,
         segment: int,
-        columns: slice,
+        bias: Tensor | None,
+        dtype: torch.dtype | None,
     ) -> Tensor:
-        """Round (M, k) activations and multiply them with a block of the weight: (M, rows) float32."""
-        weight = codes[rows, columns]
-        if self.spec.activations is None:
-            return z @ (weight.float() * self.block_scale(segment)[rows]).t()
-        fmt = FORMATS[self.spec.activations]
-        if unsigned:
-            fmt = fmt.as_unsigned()
-        if scale is None:
-            scale = z.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX) / fmt.max_code
-        rounded = to_codes(z, scale, fmt)
-        integers = self.spec.activations != "float8_e4m3fn"
-        if self.spec.group is not None or integers != (self.spec.weights != "float8_e4m3fn"):
+        """Round (M, k) activations and multiply them with a block (rows, k): (M, rows), float32 or ``dtype``."""
+        spec = self.spec
+        if spec.activations is None:
+            return linear(z, weight.float() * self.block_scale(segment)[rows], None if bias is None else bias.float())
+        (q, scale), *others = self._rounded(z, group, segment)
+        sign = -1 if spec.layout.polarity[segment] == "dual8" else 1
+        integers = spec.activations != "float8_e4m3fn"
+        if spec.group is not None or integers != (spec.weights != "float8_e4m3fn"):
             # Mixed codes, or sums that end inside a segment: no product of two matrices of codes.
-            return (rounded @ (weight.float() * self.block_scale(segment)[rows]).t()) * scale
-        row_scale = self.weight_scale[rows, segment]
-        if not integers:
-            return scaled_mm(rounded.to(torch.float8_e4m3fn), weight, scale, row_scale)
-        offset = UNSIGNED_OFFSET if unsigned and fmt.num_bits == 8 else 0
-        return scaled_mm((rounded - offset).to(torch.int8), weight, scale, row_scale, zero=-offset)
+            wide = weight.float() * self.block_scale(segment)[rows]
+            total = (q @ wide.t()) * scale
+            for q2, scale2 in others:
+                total = total + sign * (q2 @ wide.t()) * scale2
+            return total if bias is None else total + bias
+        offset = UNSIGNED_OFFSET if self.weight_sum is not None and sign < 0 else 0
+        kind = torch.int8 if integers else torch.float8_e4m3fn
+        second, second_scale = others[0] if others else (None, None)
+        return scaled_mm(
+            (q - offset).to(kind),
+            weight,
+            scale,
+            self.weight_scale[rows, segment],
+            bias,
+            zero=-offset,
+            sum_b=self.weight_sum[rows, segment] if offset and self.weight_sum is not None else None,
+            a2=None if second is None else (second - offset).to(kind),
+            scale_a2=second_scale,
+            sign=sign,
+            out_dtype=dtype,
+        )
+
+    def _rounded(self, z: Tensor, group: int, segment: int) -> list[tuple[Tensor, Tensor]]:
+        """(codes as float32, scale (1, 1) or (M, 1)) of a segment; two where it is split by sign."""
+        assert self.spec.activations is not None
+        polarity = self.spec.layout.polarity[segment]
+        fmt = FORMATS[self.spec.activations]
+        if polarity == "dual8":
+            fmt = fmt.as_unsigned()
+        values = [z]
+        if polarity in SPLIT_BY_SIGN:
+            values = [z.clamp(min=0), z.clamp(max=0) if polarity == "dual" else (-z).clamp(min=0)]
+        rounded = []
+        for value, static in zip(values, (self.input_scale, self.input_scale_negative), strict=False):
+            if static is None:
+                scale = value.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX) / fmt.max_code
+            else:
+                scale = static[group, segment].reshape(1, 1)
+            rounded.append((to_codes(value, scale, fmt), scale))
+        return rounded
 
     def _branch(self, x: Tensor) -> Tensor:
         """The low-rank branch's share of the output, (M, N)."""
