@@ -31,7 +31,10 @@ class Agreement:
 
 
 def session(
-    path: str | os.PathLike[str], threads: int | None = None, optimized: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    optimized: str | os.PathLike[str] | None = None,
+    optimize: bool = True,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU with default options.
 
@@ -39,9 +42,13 @@ def session(
         path: of the ONNX file.
         threads: to compute with; by default ONNX Runtime's choice.
         optimized: where to write the graph as ONNX Runtime runs it.
+        optimize: False runs the graph operator by operator, as written. For graphs made for TensorRT: ONNX Runtime
+            moves their float8 codes into operators that do not take them.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
     if optimized is not None:
@@ -57,7 +64,9 @@ def run(runtime: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> 
         inputs: tensors by name; those that the graph does not read are left out, others are cast to its types.
     """
     kinds = {value.name: _NUMPY[value.type] for value in runtime.get_inputs()}
-    arrays = {name: inputs[name].detach().cpu().numpy().astype(kind, copy=False) for name, kind in kinds.items()}
+    arrays: dict[str, np.ndarray] = {
+        name: inputs[name].detach().cpu().numpy().astype(kind, copy=False) for name, kind in kinds.items()
+    }
     names = [value.name for value in runtime.get_outputs()]
     return {
         name: torch.from_numpy(np.asarray(value)) for name, value in zip(names, runtime.run(names, arrays), strict=True)

@@ -55,15 +55,15 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     largest_file: int = LARGEST_FILE,
 ) -> Path:
-    """Write a quantized pipeline as a directory that ``ORTDiffusionPipeline.from_pretrained`` loads, or one model as ONNX.
+    """Write a quantized pipeline as a directory that ``ORTDiffusionPipeline.from_pretrained`` loads, or one model.
 
     The graphs hold operators of the ONNX standard only and need no session options. With ``target="onnxruntime"`` codes
-    are stored as uint8 (int8 codes plus 128), which is exact on every x86 CPU; with ``"tensorrt"`` they are int8, and the
-    graphs are checked against TensorRT's rules. Neither the pipeline nor its configs are changed.
+    are stored as uint8 (int8 codes plus 128), which is exact on every x86 CPU; with ``"tensorrt"`` they are int8, and
+    the graphs are checked against TensorRT's rules. Neither the pipeline nor its configs are changed.
 
     Args:
-        model: a pipeline with at least one quantized model (calibrated, compressed or loaded from a checkpoint), or such
-            a model by itself, which needs ``inputs``.
+        model: a pipeline with at least one quantized model (calibrated, compressed or loaded from a checkpoint), or
+            such a model by itself, which needs ``inputs``.
         save_directory: replaced as a whole once everything is written; until then what is there stays.
         target: ``"onnxruntime"`` or ``"tensorrt"``.
         opset: 19 to 21; by default what the layers need.
@@ -105,8 +105,9 @@ def export_onnx(
             output_names=output_names,
             largest_file=largest_file,
         )
-        if hasattr(model, "save_config"):
-            model.save_config(directory)
+        save_config: Any = getattr(model, "save_config", None)
+        if save_config is not None:
+            save_config(directory)
         _check_target(path, chosen)
         if verify:
             from .verify import verify_module
@@ -148,7 +149,7 @@ def _export_pipeline(
             if verify:
                 from .verify import verify_pipeline
 
-                verify_pipeline(directory, pipeline, specs)
+                verify_pipeline(directory, pipeline, specs, target)
         write_manifest(directory)
     logger.info("%s with %d quantized layers written to %s, opset %d", name, len(layers), save_directory, version)
     return save_directory
@@ -167,7 +168,8 @@ def quantized_components(pipeline: DiffusionPipeline) -> dict[str, dict[str, Pac
     }
     if not found:
         raise ValueError(
-            "no Linear of the pipeline is quantized: call mtq.quantize on its denoiser first, or use Optimum's own export"
+            "no Linear of the pipeline is quantized: call mtq.quantize on its denoiser first, or use Optimum's own "
+            "export"
         )
     if "vae" in found:
         raise ValueError(

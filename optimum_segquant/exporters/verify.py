@@ -45,11 +45,12 @@ def verify_module(path: Path, model: nn.Module, inputs: Mapping[str, Any], targe
         return _first_tensor(model(**values))
 
     with lowered(model, target), torch.no_grad():
-        _verify(path, reference, dict(inputs), _graph_axes(path, default_axes(tensors)), floor)
+        axes = _graph_axes(path, default_axes(tensors))
+        _verify(path, reference, dict(inputs), axes, floor, target)
 
 
 def verify_pipeline(
-    directory: Path, pipeline: DiffusionPipeline, specs: Mapping[str, Mapping[str, PackedSpec]]
+    directory: Path, pipeline: DiffusionPipeline, specs: Mapping[str, Mapping[str, PackedSpec]], target: Target
 ) -> None:
     """Check the files of a pipeline's quantized models against its models, which are lowered already.
 
@@ -67,7 +68,7 @@ def verify_pipeline(
         inputs = config.rename_ambiguous_inputs(config.generate_dummy_inputs(framework="pt"))
         inputs = _map_tensors(inputs, lambda _, value: value.to(pipeline.device))
         with torch.no_grad():
-            _verify(directory / component / "model.onnx", reference, inputs, config.inputs, _floor(layers))
+            _verify(directory / component / "model.onnx", reference, inputs, config.inputs, _floor(layers), target)
 
 
 def _optimum_exports(pipeline: DiffusionPipeline) -> dict[str, tuple[nn.Module, Any]]:
@@ -83,9 +84,14 @@ def _optimum_exports(pipeline: DiffusionPipeline) -> dict[str, tuple[nn.Module, 
 
 
 def _verify(
-    path: Path, reference: Callable[[Mapping[str, Any]], Tensor], inputs: Mapping[str, Any], axes: Axes, floor: float
+    path: Path,
+    reference: Callable[[Mapping[str, Any]], Tensor],
+    inputs: Mapping[str, Any],
+    axes: Axes,
+    floor: float,
+    target: Target,
 ) -> None:
-    runtime = session(path)
+    runtime = session(path, optimize=target.name == "onnxruntime")
     for values in (inputs, _map_tensors(inputs, lambda name, value: _halved(value, axes.get(name, {})))):
         sizes = {name: tuple(value.shape) for name, value in flat_tensors(values).items()}
         expected = reference(values)
@@ -98,15 +104,15 @@ def _verify(
             ) from error
         if found.shape != expected.shape:
             raise ExportMismatchError(
-                f"{path.parent.name}: the graph gives {tuple(found.shape)}, the model {tuple(expected.shape)} on inputs "
-                f"of the sizes {sizes}: a size became a constant in the graph"
+                f"{path.parent.name}: the graph gives {tuple(found.shape)}, the model {tuple(expected.shape)} on "
+                f"inputs of the sizes {sizes}: a size became a constant in the graph"
             )
         close = agreement(expected, found)
         logger.info("%s: graph and model agree to %.1f dB on %s", path.parent.name, close.sqnr, sizes)
         if not close.sqnr >= floor:
             raise ExportMismatchError(
-                f"{path.parent.name}: graph and model agree to {close.sqnr:.1f} dB only (at least {floor:g} expected) on "
-                f"inputs of the sizes {sizes}: a size or value became a constant in the graph"
+                f"{path.parent.name}: graph and model agree to {close.sqnr:.1f} dB only (at least {floor:g} expected) "
+                f"on inputs of the sizes {sizes}: a size or value became a constant in the graph"
             )
 
 
@@ -123,7 +129,7 @@ def _halved(value: Tensor, axes: Mapping[int, str]) -> Tensor:
 
 def _graph_axes(path: Path, axes: Axes) -> dict[str, dict[int, str]]:
     """Of ``axes`` those that the graph has as dynamic ones."""
-    shapes = {value.name: value.shape for value in session(path).get_inputs()}
+    shapes = {value.name: value.shape for value in session(path, optimize=False).get_inputs()}
     return {
         name: {axis: label for axis, label in found.items() if isinstance(shapes[name][axis], str)}
         for name, found in axes.items()

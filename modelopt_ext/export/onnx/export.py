@@ -42,8 +42,8 @@ def export_module(
     Args:
         model: calibrated by ``mtq.quantize``, or with packed Linears. It is the same afterwards.
         path: of the file; its tensors go beside it, to ``<name>_data``, if it is larger than protobuf can hold.
-        inputs: arguments of the model's forward by name, as in a real call. Tensors, also those in a dict, become inputs
-            of the graph; everything else is a constant in it.
+        inputs: arguments of the model's forward by name, as in a real call. Tensors, also those in a dict, become
+            inputs of the graph; everything else is a constant in it.
         target: ``"onnxruntime"`` or ``"tensorrt"``, see :class:`Target`.
         opset: 19 to 21; by default what the layers need.
         dynamic_axes: dimensions that may differ from ``inputs``; by default batch, sequence and image sizes.
@@ -91,8 +91,8 @@ def split_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str,
     """Sort a call's arguments into tensors, in the order of forward's parameters, and constants.
 
     Returns:
-        Tensors by graph input name (an argument's own name, or its key in a dict), and the other arguments by name, with
-        None in place of every tensor in a dict.
+        Tensors by graph input name (an argument's own name, or its key in a dict), and the other arguments by name,
+        with None in place of every tensor in a dict.
 
     Raises:
         ValueError: forward has no such parameter, there is no tensor, or a name is taken twice.
@@ -102,7 +102,8 @@ def split_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str,
         unknown = sorted(set(inputs) - set(parameters))
         if unknown:
             raise ValueError(
-                f"{type(model).__name__}.forward has no parameters {', '.join(unknown)}: it takes {', '.join(parameters)}"
+                f"{type(model).__name__}.forward has no parameters {', '.join(unknown)}: it takes "
+                f"{', '.join(parameters)}"
             )
     order = [name for name in parameters if name in inputs] + [name for name in inputs if name not in parameters]
     tensors: dict[str, Tensor] = {}
@@ -208,12 +209,12 @@ def _flat_forward(
 
     training = model.training
     model.eval()
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
     try:
         yield outputs
     finally:
         if had_own:
-            model.forward = original  # type: ignore[method-assign]
+            model.forward = original
         else:
             del model.__dict__["forward"]
         model.train(training)

@@ -1,4 +1,4 @@
-"""What is done to an exported graph before it is saved: narrow types that the exporter does not know, and large files."""
+"""What is done to an exported graph before it is saved: types that the exporter does not know, and large files."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ segments              Slice, and an Add of the products
 output groups         Concat of the products
 "dual"                max(z, 0) and min(z, 0), two products with one dequantized weight
 "dual8", uint8        zero points 0 and 255: saturation at one end is the clamp at 0
-"dual8", int8         z - 128 s and z + 127 s saturate at 0 likewise; 128 s or -127 s times the weight's row sums is added
+"dual8", int8         z - 128 s and z + 127 s saturate at 0 likewise; 128 s or -127 s times the weight's sums is added
+float8, ONNX Runtime  z / s with the scale 1, times s again: see OnnxActivation
 int4 activations      clipped to the codes' range, then as int8
 rotation              MatMul with the Hadamard matrix
 low-rank branch       two MatMuls of the plain x
@@ -24,7 +25,7 @@ would fuse into a float Gemm (MatMul and Add of a vector) before it looks for co
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class OnnxActivation(nn.Module):
     scale: Tensor
     zero_point: Tensor
     zero: Tensor
+    static_scale: Tensor
 
     def __init__(self, spec: PackedSpec, part: Part, unsigned: bool, scale: Tensor | None, target: Target) -> None:
         super().__init__()
@@ -86,9 +88,15 @@ class OnnxActivation(nn.Module):
             self.bounds = (-high, -low) if unsigned and part == "negative" else (low, high)
         # Signed halves need their clamp; with one-sided codes saturation is the clamp.
         self.clamps = part != "whole" and not eight_bit_sign
-        step = torch.ones((), dtype=torch.float32) if scale is None else scale.detach().float().reshape(())
+        one = torch.ones((), dtype=torch.float32)
+        step = one if scale is None else scale.detach().float().reshape(())
         self.step = float(step)
-        self.register_buffer("scale", step.clone())
+        # ONNX Runtime moves float8 codes past Unsqueeze and into integer products, which do not take them: scaled in
+        # floats, before and after, they stay where they are.
+        self.scales_outside = kind == torch.float8_e4m3fn and target.name == "onnxruntime"
+        if self.scales_outside:
+            self.register_buffer("static_scale", step.clone())
+        self.register_buffer("scale", one if self.scales_outside else step.clone())
         self.register_buffer("zero_point", torch.tensor(float(zero)).to(kind))
         if self.clamps:
             self.register_buffer("zero", torch.zeros(()))
@@ -99,15 +107,16 @@ class OnnxActivation(nn.Module):
             # Not clamp: ONNX Runtime's fusion of Clip into QuantizeLinear stops at float8.
             z = torch.maximum(z, self.zero) if self.part == "positive" else torch.minimum(z, self.zero)
         row_scale = None
-        if self.dynamic:
-            row_scale = self._row_scale(z)
+        if self.dynamic or self.scales_outside:
+            row_scale = self._row_scale(z) if self.dynamic else self.static_scale
             z = z / row_scale
         elif self.bounds is not None:
             z = z.clamp(self.bounds[0] * self.step, self.bounds[1] * self.step)
         if self.offset:
             z = z - self.offset * self.step
         codes = quantize_linear(z, self.scale, self.zero_point)
-        return dequantize_linear(codes, self.scale, self.zero_point, 0, 0), row_scale
+        rounded = dequantize_linear(codes, self.scale, self.zero_point, 0, 0)
+        return (rounded * row_scale, None) if self.scales_outside else (rounded, row_scale)
 
     def _row_scale(self, z: Tensor) -> Tensor:
         if self.part == "whole":
@@ -165,6 +174,14 @@ class OnnxWeight(nn.Module):
         return self().double().sum(dim=0).float()
 
 
+class OnnxBank(nn.ModuleDict):
+    """The activations or weight blocks of a segmented layer; called, so that its name is in those of the nodes."""
+
+    def forward(self, name: str, *inputs: Tensor) -> Any:
+        """Call one of them."""
+        return self[name](*inputs)
+
+
 class OnnxBranch(nn.Module):
     """The low-rank branch of one output group: x (..., K) to (..., n)."""
 
@@ -213,15 +230,15 @@ class OnnxLinear(nn.Module):
             self.register_buffer(name, None if value is None else value.detach().clone())
         self.input_quantizer: nn.Module | None = None
         if spec.activations is not None:
-            self.input_quantizer = self._activations(packed, target)
-        self.weight_quantizer: nn.Module = self._weights(packed, target)
+            self.input_quantizer = self._make_activations(packed, target)
+        self.weight_quantizer: nn.Module = self._make_weights(packed, target)
         self.low_rank = nn.ModuleList(OnnxBranch(down, up) for down, up in packed._factors()) if spec.rank else None
         for block in {block for block in self.layout.rotation if block > 1}:
             self.register_buffer(f"hadamard{block}", rotate(torch.eye(block, device=packed.weight.device), block))
         self._register_offsets()
 
-    def _activations(self, packed: PackedLinear, target: Target) -> nn.Module:
-        spec, blocks = packed.spec, nn.ModuleDict()
+    def _make_activations(self, packed: PackedLinear, target: Target) -> nn.Module:
+        spec, blocks = packed.spec, OnnxBank()
         for group in range(len(self.layout.out_groups)):
             for segment, polarity in enumerate(self.layout.polarity):
                 for part in _parts(polarity):
@@ -231,8 +248,8 @@ class OnnxLinear(nn.Module):
                     blocks[name] = OnnxActivation(spec, part, polarity == "dual8", scale, target)
         return next(iter(blocks.values())) if len(blocks) == 1 else blocks
 
-    def _weights(self, packed: PackedLinear, target: Target) -> nn.Module:
-        blocks = nn.ModuleDict(
+    def _make_weights(self, packed: PackedLinear, target: Target) -> nn.Module:
+        blocks = OnnxBank(
             {
                 weight_block(group, segment): OnnxWeight(packed, rows, segment, target)
                 for group, rows in enumerate(self.layout.out_slices)
@@ -243,20 +260,32 @@ class OnnxLinear(nn.Module):
 
     def _register_offsets(self) -> None:
         """What comes back for codes that were moved by an offset: offset * scale * row sums, (1, 1, n)."""
-        for name, activation in self._all_activations().items():
+        for name, activation in self.activations().items():
             if not activation.offset:
                 continue
             group, segment = (int(number) for number in name.removeprefix("block").split("_")[:2])
             constant = activation.offset * activation.scale * self._weight(group, segment).row_sums()
             self.register_buffer(f"offset_{name}", constant.reshape(1, 1, -1))
 
-    def _all_activations(self) -> dict[str, OnnxActivation]:
-        if isinstance(self.input_quantizer, nn.ModuleDict):
+    def activations(self) -> dict[str, OnnxActivation]:
+        """What rounds the input, by block name."""
+        if isinstance(self.input_quantizer, OnnxBank):
             return cast("dict[str, OnnxActivation]", dict(self.input_quantizer.items()))
         return {} if self.input_quantizer is None else {input_block(0, 0): cast(OnnxActivation, self.input_quantizer)}
 
+    def _rounded(self, name: str, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self.input_quantizer, OnnxBank):
+            return self.input_quantizer(name, values)
+        assert self.input_quantizer is not None
+        return self.input_quantizer(values)
+
+    def _dequantized(self, group: int, segment: int) -> Tensor:
+        if isinstance(self.weight_quantizer, OnnxBank):
+            return self.weight_quantizer(weight_block(group, segment))
+        return self.weight_quantizer()
+
     def _weight(self, group: int, segment: int) -> OnnxWeight:
-        if isinstance(self.weight_quantizer, nn.ModuleDict):
+        if isinstance(self.weight_quantizer, OnnxBank):
             return cast(OnnxWeight, self.weight_quantizer[weight_block(group, segment)])
         return cast(OnnxWeight, self.weight_quantizer)
 
@@ -269,7 +298,9 @@ class OnnxLinear(nn.Module):
         Returns:
             (..., N), in ``input``'s dtype.
         """
-        x, missing = input.float(), max(0, 3 - input.dim())
+        # Not .float(), which the exporter writes as a Cast even where nothing changes.
+        x = input if input.dtype == torch.float32 else input.to(torch.float32)
+        missing = max(0, 3 - input.dim())
         for _ in range(missing):
             x = x.unsqueeze(0)
         z = x if self.shift is None else x - self.shift
@@ -282,7 +313,7 @@ class OnnxLinear(nn.Module):
             output = output + self.bias
         for _ in range(missing):
             output = output.squeeze(0)
-        return output.to(input.dtype)
+        return output if output.dtype == input.dtype else output.to(input.dtype)
 
     def _rotated(self, z: Tensor, block: int) -> Tensor:
         """As :func:`rotate`, with the matrix as a buffer: the file holds each size once."""
@@ -297,13 +328,13 @@ class OnnxLinear(nn.Module):
         for segment, columns in enumerate(self.layout.in_slices):
             whole = len(self.layout.in_segments) == 1
             values = self._rotated(z if whole else z[..., columns], self.layout.rotation[segment])
-            weight = self._weight(group, segment)()
+            weight = self._dequantized(group, segment)
             if self.spec.activations is None:
                 products.append(torch.matmul(values, weight))
                 continue
             for part in _parts(self.layout.polarity[segment]):
                 name = input_block(group, segment, part == "negative")
-                rounded, row_scale = self._all_activations()[name](values)
+                rounded, row_scale = self._rounded(name, values)
                 product = torch.matmul(rounded, weight)
                 offset = getattr(self, f"offset_{name}", None)
                 if offset is not None:
@@ -339,7 +370,8 @@ def why_not(spec: PackedSpec, target: Target) -> str | None:
     if spec.group is not None and not (spec.weights == "int4" and spec.activations is None):
         return (
             f"TensorRT has weight scales of groups for weight-only int4, not for {spec.weights} with "
-            f"{spec.activations or 'unrounded'} activations: use scales per channel (SEGQUANT_W4A8_CFG, SEGQUANT_INT8_CFG)"
+            f"{spec.activations or 'unrounded'} activations: use scales per channel (SEGQUANT_W4A8_CFG, "
+            "SEGQUANT_INT8_CFG)"
         )
     if spec.weights == "int4" and spec.activations is None and spec.group not in (64, 128):
         return (

@@ -25,7 +25,7 @@ def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: the model has quantizers that are not a Linear's.
     """
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, PackedLinear)

@@ -25,8 +25,8 @@ class Target:
             zero point of 128. On x86 CPUs without VNNI its products of unsigned by signed codes saturate at 16 bits
             (`vpmaddubsw`), those of unsigned by unsigned ones don't, and with VNNI both run the same kernel. TensorRT
             takes int8 with zero point 0 only.
-        rows_first: whether every weight is stored (N, K) with scales on axis 0 and transposed in the graph. ONNX Runtime
-            gets (K, N) where it has an integer kernel, which then needs no rewriting when loaded.
+        rows_first: whether every weight is stored (N, K) with scales on axis 0 and transposed in the graph. ONNX
+            Runtime gets (K, N) where it has an integer kernel, which then needs no rewriting when loaded.
         int4_as_int8: whether int4 weights that meet integer activations are cast to int8 in the graph before they are
             scaled: the file has four bits a weight, ONNX Runtime casts once when it loads and uses its int8 kernels.
     """
