@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, get_args
 
@@ -87,7 +88,7 @@ def load_like_an_engine(directory: Path, cls: type) -> nn.Module:
     model = cls.from_config(config)
     ignored = quantization.get("ignore", quantization.get("ignored_layers"))
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name not in ignored:
+        if isinstance(module, nn.Linear) and not any(fnmatch(name, pattern) for pattern in ignored):
             own = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
             model.set_submodule(name, StockLinear(own, algorithm))
     plain = {key: value for key, value in tensors.items() if not isinstance(owner(model, key), StockLinear)}
@@ -125,7 +126,12 @@ DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_per_token": torch.float8_e4m3fn, "int
 def test_keys_shapes_and_dtypes(exported: tuple[NativeFormat, nn.Module, Path]) -> None:
     name, model, directory = exported
     _, tensors = read(directory)
-    linears = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        key: module
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (".attn" in key or ".ff" in key)
+    }
+    assert len(linears) == 37
     plain = {key for key in tiny_sd3_transformer().state_dict() if key.rpartition(".")[0] not in linears}
     expected = set(plain)
     for key, module in linears.items():
@@ -196,23 +202,24 @@ def test_config(exported: tuple[NativeFormat, nn.Module, Path]) -> None:
     assert config["_class_name"] == "SD3Transformer2DModel"
     quantization = config["quantization_config"]
     if name == "int8_per_token":
-        assert quantization == {
-            "quant_method": "int8",
-            "activation_scheme": "dynamic",
-            "ignored_layers": ["pos_embed.proj"],
-        }
+        ignored = quantization.pop("ignored_layers")
+        assert quantization == {"quant_method": "int8", "activation_scheme": "dynamic"}
+        assert {"pos_embed.proj", "context_embedder", "transformer_blocks.2.norm1.linear", "proj_out"} < set(ignored)
+        assert len(ignored) == 14
         return
     assert quantization["quant_method"] == "modelopt"
     assert quantization["quant_algo"] == {"fp8": "FP8", "fp8_per_token": "FP8_PER_CHANNEL_PER_TOKEN"}[name]
-    assert quantization["ignore"] == ["pos_embed*"]
+    ignored = quantization["ignore"]
+    assert {"pos_embed*", "context_embedder", "norm_out*", "proj_out", "time_text_embed*"} < set(ignored)
+    assert any(fnmatch("transformer_blocks.2.norm1.linear", pattern) for pattern in ignored)
 
 
 # -- the same as ModelOpt's exporter -----------------------------------------------------------------------------------
 
 
 def stock_config(name: NativeFormat) -> dict[str, Any]:
-    """The same quantizers under ModelOpt's own algorithm."""
-    return {"quant_cfg": native_config(name)["quant_cfg"], "algorithm": "max"}
+    """The same quantizers under ModelOpt's own algorithm, on every Linear."""
+    return {"quant_cfg": native_config(name, every_linear=True)["quant_cfg"], "algorithm": "max"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -301,8 +308,14 @@ def test_flux(tmp_path: Path) -> None:
     mtq.quantize(model, native_config("int8_per_token"), forward_loop)
     export_native(model, tmp_path / "flux")
     loaded = load_like_an_engine(tmp_path / "flux", FluxTransformer2DModel)
-    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
-    assert sum(isinstance(module, StockLinear) for module in loaded.modules()) == linears == 50
+    quantized = {name for name, module in loaded.named_modules() if isinstance(module, StockLinear)}
+    assert {name.split(".", 2)[2] for name in quantized} == {
+        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
+        *(f"attn.add_{name}_proj" for name in "qkv"),
+        *(f"{part}.net.{index}" for part in ("ff", "ff_context") for index in ("0.proj", "2")),
+        "proj_mlp",
+        "proj_out",
+    }
     with torch.no_grad():
         simulated, read_back = model(**inputs)[0], loaded(**inputs)[0]
     assert sqnr(simulated, read_back) > sqnr(exact, simulated) + 10
@@ -419,7 +432,7 @@ def test_what_a_layer_may_have(case: str) -> None:
 
 
 def test_two_formats_in_one_model_are_refused(tmp_path: Path) -> None:
-    config = native_config("fp8")
+    config = native_config("fp8", every_linear=True)
     config["algorithm"]["embedders"] = "per_token"
     with pytest.raises(NotRepresentableError, match="most layers are fp8"):
         export_native(calibrated(config), tmp_path / "out")
@@ -463,18 +476,23 @@ def test_a_failed_export_keeps_what_was_there(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_patterns_that_vllm_reads_loosely_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """FLUX: leaving the model's proj_out out makes vLLM leave every single block's out."""
-    model, inputs = build("FluxTransformer2DModel")
+def test_patterns_catch_no_quantized_layer_in_vllm() -> None:
+    """FLUX: "proj_out" in full precision, read as a part of a name, would take the single blocks' along."""
+    quantized = ["single_transformer_blocks.0.proj_out", "transformer_blocks.0.ff.net.2"]
+    plain = ["proj_out", "transformer_blocks.0.norm1.linear", "x_embedder"]
+    patterns = quantization_config("fp8", quantized, plain)["ignore"]
+    for name in plain:
+        assert any(fnmatch(name, pattern) for pattern in patterns), name
+    for name in quantized:
+        assert not any(fnmatch(name, pattern) or pattern in name for pattern in patterns), name
+    assert "x_embedder" in patterns
 
-    def forward_loop(model: nn.Module) -> None:
-        with torch.no_grad():
-            model(**inputs)
 
-    mtq.quantize(model, native_config("fp8_per_token", exclude=["proj_out"]), forward_loop)
-    export_native(model, tmp_path / "out")
-    assert "'proj_out' is left in full precision" in caplog.text
-    assert "2 quantized" in caplog.text
+def test_layers_that_engines_cannot_quantize_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    export_native(calibrated(native_config("int8_per_token")), tmp_path / "out")
+    assert not caplog.records
+    export_native(calibrated(native_config("int8_per_token", every_linear=True)), tmp_path / "out")
+    assert "13 of 50 quantized Linears are embedders" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -483,6 +501,7 @@ def test_patterns_that_vllm_reads_loosely_are_warned_of(tmp_path: Path, caplog: 
         ({"low_rank": {"rank": 8}}, "low_rank"),
         ({"alpha": 0.5}, "alpha=0.5"),
         ({"polarity": "shift"}, "polarity='shift'"),
+        ({"embedders": "per_token"}, "embedders='per_token'"),
         ({"layers": {"*": {"polarity": "dual8"}}}, "polarity"),
     ],
 )

@@ -14,11 +14,16 @@ Inference engines know three layouts of a quantized Linear ``y = x W^T + b``, W 
 The engine computes ``round(x / input_scale)`` with a scale of its own per token in the last two, so nothing else can be
 said: no segments, no shift, no smoothing that is left, no second product, no branch, no rotation. A model with a layer
 that has more is refused, never approximated; :func:`native_config` calibrates one that fits.
+
+Engines have their own copies of the models, in which only the Linears of attention and feed-forward can be quantized:
+embedders, modulation (AdaLN) and the last projection are plain modules that take no scales. :func:`native_config`
+leaves those in full precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any, Literal, get_args
 
 import modelopt
@@ -35,6 +40,7 @@ __all__ = [
     "NativeFormat",
     "NotRepresentableError",
     "format_of",
+    "kept_by_engines",
     "native_config",
     "native_layers",
     "native_tensors",
@@ -61,12 +67,13 @@ _PLAIN: Mapping[str, Any] = {
     "rotate": False,
     "low_rank": None,
     "bias_correction": False,
-    "embedders": "as_configured",
-    "last_layers": "as_configured",
     # Layers that read one tensor, such as q, k and v, then share an input scale; engines that fuse them need that.
     "clip_grid": (1.0,),
 }
 """Settings that stock keys need."""
+
+_MODULATION = ("*norm*", "*_mod.*", "*modulation*", "*time_emb_proj*")
+"""Names of Linears inside blocks that engines keep in full precision."""
 
 _MODELOPT_NAMES: Mapping[NativeFormat, str] = {"fp8": "fp8", "fp8_per_token": "fp8_pc_pt"}
 """What ModelOpt's exporter calls the layouts that it has."""
@@ -95,7 +102,7 @@ class NotRepresentableError(ValueError):
         )
 
 
-def native_config(format: NativeFormat, **algorithm: Any) -> dict[str, Any]:
+def native_config(format: NativeFormat, *, every_linear: bool = False, **algorithm: Any) -> dict[str, Any]:
     """A ModelOpt config whose models stock checkpoints can hold.
 
         mtq.quantize(model, native_config("fp8_per_token", gptq=True), forward_loop)
@@ -103,6 +110,8 @@ def native_config(format: NativeFormat, **algorithm: Any) -> dict[str, Any]:
     Args:
         format: ``"fp8"`` (one static scale per Linear), ``"fp8_per_token"`` or ``"int8_per_token"`` (scales found at
             run time; weights per output channel).
+        every_linear: quantize embedders, modulation and the last projection, too. The keys can say it, and engines
+            that take their layers from the file can load it; vLLM-Omni and SGLang can't.
         algorithm: further fields of :class:`modelopt_ext.SegQuantCalibConfig`, such as ``gptq``, ``exclude``,
             ``weight_clip_grid`` or ``samples``: what chooses codes and scales is free.
 
@@ -111,18 +120,22 @@ def native_config(format: NativeFormat, **algorithm: Any) -> dict[str, Any]:
     """
     if format not in get_args(NativeFormat):
         raise ValueError(f"format is one of {', '.join(get_args(NativeFormat))}, got {format!r}")
-    refused = {name: value for name, value in algorithm.items() if name in _PLAIN and value != _PLAIN[name]}
+    outer = "as_configured" if every_linear else "none"
+    fixed = {**_PLAIN, "embedders": outer, "last_layers": outer}
+    refused = {name: value for name, value in algorithm.items() if name in fixed and value not in (fixed[name], "none")}
     if refused:
         raise ValueError(
             f"stock checkpoint keys can't hold {', '.join(f'{name}={value!r}' for name, value in refused.items())}; "
             "leave these out, or use one of this package's presets and a segquant checkpoint or ONNX"
         )
-    if "layers" in algorithm:
-        for pattern, fields in algorithm["layers"].items():
-            if names := sorted(set(fields) & set(_PLAIN)):
-                raise ValueError(f"stock checkpoint keys can't hold layers[{pattern!r}] with {', '.join(names)}")
+    for pattern, fields in algorithm.get("layers", {}).items():
+        if names := sorted(set(fields) & set(_PLAIN)):
+            raise ValueError(f"stock checkpoint keys can't hold layers[{pattern!r}] with {', '.join(names)}")
     weight, activation = _QUANTIZERS[format]
-    return linear_only(dict(weight), dict(activation), **{**_PLAIN, **algorithm})
+    config = linear_only(dict(weight), dict(activation), **{**fixed, **algorithm})
+    if not every_linear:
+        config["quant_cfg"] += [{"quantizer_name": pattern, "enable": False} for pattern in _MODULATION]
+    return config
 
 
 def native_layers(model: nn.Module) -> tuple[NativeFormat, dict[str, PackedLinear]]:
@@ -248,14 +261,37 @@ def quantization_config(format: NativeFormat, quantized: Iterable[str], plain: I
         For FP8 what ModelOpt's exporter writes (``quant_method: "modelopt"`` and ``quant_algo``), for INT8 what
         vLLM-Omni reads (``quant_method: "int8"``).
     """
-    plain = list(plain)
+    plain, quantized = list(plain), list(quantized)
     if format == "int8_per_token":
         return {"quant_method": "int8", "activation_scheme": "dynamic", "ignored_layers": sorted(plain)}
     layers: dict[str, Any] = {f"{name}.quantization": None for name in plain}
     layers |= {f"{name}.quantization": _MODELOPT_NAMES[format] for name in quantized}
     details = {"quant_algo": None, "kv_cache_quant_algo": None, **process_layer_quant_config(layers)}
+    details["exclude_modules"] = [_exactly(pattern, quantized) for pattern in details["exclude_modules"]]
     producer = {"name": "modelopt", "version": modelopt.__version__}
     return convert_hf_quant_config_format({"producer": producer, "quantization": details})
+
+
+def _exactly(pattern: str, quantized: Sequence[str]) -> str:
+    """A pattern of layers in full precision that catches no quantized one.
+
+    They are globs, but vLLM also takes them for parts of names: FLUX's last ``proj_out`` would take the single blocks'
+    along. ``proj_ou[t]`` matches as a glob and is part of no name.
+    """
+    stem, star = pattern.rstrip("*"), "*" if pattern.endswith("*") else ""
+    if stem and any(stem in name for name in quantized):
+        return f"{stem[:-1]}[{stem[-1]}]{star}"
+    return pattern
+
+
+def kept_by_engines(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that engines keep in full precision: outside the model's blocks, or modulation."""
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return [
+        name
+        for name in names
+        if not name.startswith(blocks) or any(fnmatch(f"{name}.", pattern) for pattern in _MODULATION)
+    ]
 
 
 def _is_quantized(module: Any) -> bool:

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modelopt_ext import PackedLinear
-from modelopt_ext.export.native import native_layers, native_tensors, quantization_config
+from modelopt_ext.export.native import kept_by_engines, native_layers, native_tensors, quantization_config
 
 from ..files import staged_directory
 
@@ -115,7 +115,7 @@ class _Prepared:
         self.format, self.layers = native_layers(model)
         self.config = quantization_config(self.format, self.layers, _plain_layers(model))
         _check_names(model, self.state_dict())
-        _warn_of_patterns(self.config, self.layers)
+        _warn_of_engines(model, self.layers)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's tensors under stock keys, still where they are."""
@@ -179,19 +179,17 @@ def _skeleton_names(model: ModelMixin) -> set[str]:
         return set(made(**arguments).state_dict())
 
 
-def _warn_of_patterns(config: Mapping[str, Any], layers: Mapping[str, PackedLinear]) -> None:
-    """ModelOpt's patterns of layers in full precision are read loosely by some engines."""
-    for pattern in config.get("ignore", []):
-        stem = pattern.rstrip("*")
-        caught = [name for name in layers if stem in name]
-        if caught:
-            logger.warning(
-                "%r is left in full precision, and vLLM takes that for every layer whose name contains it, %d "
-                "quantized ones among them (%s): for vLLM quantize this layer, too, or exclude those as well",
-                stem,
-                len(caught),
-                caught[0],
-            )
+def _warn_of_engines(model: ModelMixin, layers: Mapping[str, PackedLinear]) -> None:
+    kept = kept_by_engines(model, layers)
+    if kept:
+        logger.warning(
+            "%d of %d quantized Linears are embedders, modulation or the last projection (%s, ...), which vLLM-Omni "
+            "and SGLang have in full precision only: they can't load this checkpoint. native_config(...) leaves those "
+            "layers out (every_linear=False)",
+            len(kept),
+            len(layers),
+            ", ".join(kept[:2]),
+        )
 
 
 def _update(path: Path, quantization: Mapping[str, Any] | None) -> None:
