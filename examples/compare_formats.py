@@ -572,12 +572,14 @@ def spread(values: Sequence[float]) -> float:
 
 
 class Results:
-    """Measurements, grouped as the table wants them."""
+    """Measurements of some rows, grouped as the table wants them; those of other rows are left out."""
 
     def __init__(self, measurements: Sequence[Measurement], rows: Sequence[Row]) -> None:
-        self.rows = [row for row in rows if any(m.row == row.name for m in measurements)]
-        self.pipelines = list(dict.fromkeys(m.pipeline for m in measurements))
-        self.all = list(measurements)
+        names = {row.name for row in rows}
+        self.all = [m for m in measurements if m.row in names]
+        self.rows = [row for row in rows if any(m.row == row.name for m in self.all)]
+        self.pipelines = list(dict.fromkeys(m.pipeline for m in self.all))
+        self.seeds = len({m.seed for m in self.all})
 
     def values(self, row: Row, field: str, pipeline: str | None = None) -> list[float]:
         """A field's values of a row over seeds and, unless one is named, pipelines."""
@@ -867,7 +869,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(notes(results, journal.embedders()))
     print(verdicts(results))
     print(
-        f"\nMean ± standard deviation over {options.seeds} seeds; PSNR, SSIM, seconds and memory are means over "
+        f"\nMean ± standard deviation over {results.seeds} seeds; PSNR, SSIM, seconds and memory are means over "
         f"pipelines and seeds; 16 bit and per token: shares of the Linears' multiply-adds. {journal.settings()}; "
         f"{time.perf_counter() - start:.0f} s in all."
     )

@@ -255,6 +255,25 @@ def test_journal_keeps_the_last_of_equal_measurements(tmp_path: Path) -> None:
     assert all(json.loads(line) for line in journal.path.read_text().splitlines())
 
 
+def test_printing_part_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the rows asked for count, whatever else the file holds: rows of another version, rows that failed."""
+    journal = Journal(tmp_path / "run.jsonl")
+    journal.start({"steps": 3}, resume=False)
+    numbers = ("sqnr", "psnr", "ssim", "seconds", "memory", "memory_rise", "kept", "dynamic")
+    for seed, pipeline in ((0, "a"), (1, "a"), (0, "b"), (1, "b")):
+        journal.append({"row": "plain W8A16", "pipeline": pipeline, "seed": seed, **dict.fromkeys(numbers, 1.0)})
+    for name in ("SEGQUANT_OF_ANOTHER_VERSION_CFG", "plain W4A4"):
+        journal.append({"row": name, "pipeline": "c", "seed": 0, "error": "ValueError: no"})
+    compare_formats.main(["--print", "--json", str(journal.path), "--rows", "plain W8A16"])
+    printed = capsys.readouterr().out
+    assert "shapes-c" not in printed
+    assert "| W8A16 | plain W8A16 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 |" in printed
+    assert "no" not in printed.split("---|\n")[1].split("Mean ±")[0]
+    assert "over 2 seeds" in printed
+    with pytest.raises(SystemExit, match="1 measurements of rows that are not ModelOpt's failed"):
+        compare_formats.main(["--print", "--json", str(journal.path)])
+
+
 def test_peak_memory_sees_a_large_tensor_come_and_go() -> None:
     with PeakMemory("cpu") as memory:
         large = torch.ones(64 * 2**20 // 4)  # 64 MiB
