@@ -85,9 +85,10 @@ def test_every_combination_computes_what_the_packed_linear_does(layout: str, tar
         try:
             export_module(model, path, {"input": example}, target=target)
         except ValueError as error:
-            assert target == "tensorrt" and "SEGQUANT_" in str(error), (spec, error)
             refused += 1
-            continue
+            if target == "tensorrt" and "SEGQUANT_" in str(error):
+                continue
+            raise
         exported += 1
         width = spec.layout.in_features
         # A code on a tie may round either way: one code is worth less than 0.1 here, and rounding errors under 1e-4.

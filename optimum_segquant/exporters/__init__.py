@@ -2,5 +2,6 @@
 
 from .compare import Agreement, agreement, session
 from .onnx import export_onnx, supported_pipelines
+from .parity import LayerParity, layer_parity
 
-__all__ = ["Agreement", "agreement", "export_onnx", "session", "supported_pipelines"]
+__all__ = ["Agreement", "LayerParity", "agreement", "export_onnx", "layer_parity", "session", "supported_pipelines"]

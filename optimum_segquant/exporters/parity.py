@@ -105,7 +105,7 @@ def _compare(layer: nn.Module, x: Tensor, path: Path, target: Target) -> LayerPa
         activation = activations[block]
         found = _ordinal(rounded[names[block]] / activation.scale, activation) + activation.offset
         # Simulation rounds the magnitude of a negative half with one-sided codes.
-        sign = -1 if activation.part == "negative" and not activation.clamps else 1
+        sign = -1 if activation.part == "negative" and activation.unsigned else 1
         difference = (found.reshape(expected.shape) - sign * _ordinal(expected, activation)).abs()
         total += difference.numel()
         differing += int((difference > 0).sum())

@@ -72,7 +72,7 @@ class OnnxActivation(nn.Module):
         assert spec.activations is not None
         fmt = FORMATS[spec.activations]
         fmt = fmt.as_unsigned() if unsigned else fmt
-        self.part = part
+        self.part, self.unsigned = part, unsigned
         self.dynamic = scale is None
         self.max_code = fmt.max_code
         self.offset = 0

@@ -1,0 +1,276 @@
+"""Quantized pipelines through Optimum: written, loaded by ORTDiffusionPipeline, and compared with PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import onnx
+import pytest
+import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from optimum.onnxruntime import ORTDiffusionPipeline
+from tiny_pipelines import tiny_sd3_pipeline
+from torch import nn
+
+import modelopt_ext
+from modelopt_ext.export.onnx.export import dynamic_dimensions
+from modelopt_ext.export.tensorrt import check_tensorrt
+from modelopt_ext.nn.packed import PackedLinear
+from optimum_segquant.evaluation import denoiser_of, sample_trajectories
+from optimum_segquant.exporters import agreement, export_onnx, layer_parity, session, supported_pipelines
+from optimum_segquant.exporters.compare import run
+from optimum_segquant.exporters.verify import flat_tensors
+from optimum_segquant.files import verify_manifest
+
+SHAPES = Path(__file__).parent.parent / "examples" / "pipelines"
+PROMPTS = ["a large red circle above a small blue square", "a green triangle"]
+
+
+def sampling(pipeline: Any, size: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"num_inference_steps": 3, "height": size, "width": size, "guidance_scale": 4.0}
+    if isinstance(pipeline, FluxPipeline):
+        arguments.update(guidance_scale=1.0, true_cfg_scale=4.0, negative_prompt="")
+    if not isinstance(pipeline, StableDiffusionXLPipeline):
+        arguments.update(max_sequence_length=16)
+    return arguments
+
+
+def images(pipeline: Any, size: int) -> torch.Tensor:
+    arguments = {**sampling(pipeline, size), "output_type": "np"}
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [""] * len(PROMPTS)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    pipeline.set_progress_bar_config(disable=True)
+    return torch.from_numpy(pipeline(PROMPTS, generator=generators, **arguments).images)
+
+
+def quantized_sd3(config: dict[str, Any], **calibration: Any) -> tuple[StableDiffusion3Pipeline, Any]:
+    pipeline = tiny_sd3_pipeline()
+    trajectories = sample_trajectories(pipeline, PROMPTS * 4, batch_size=4, **sampling(pipeline, 16), **calibration)
+    mtq.quantize(pipeline.transformer, config, trajectories.forward_loop)
+    return pipeline, trajectories
+
+
+@pytest.fixture(scope="module")
+def sd3() -> tuple[StableDiffusion3Pipeline, Any]:
+    """Without T5, static INT8 with every kind of polarity."""
+    return quantized_sd3(modelopt_ext.SEGQUANT_CFG)
+
+
+@pytest.fixture(scope="module")
+def sd3_directory(sd3: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_onnx(sd3[0], tmp_path_factory.mktemp("sd3") / "onnx")
+
+
+def test_optimum_knows_these_pipelines() -> None:
+    known = {"FluxPipeline", "SanaPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline"}
+    assert known <= set(supported_pipelines())
+
+
+def test_ort_pipeline_generates_the_images_of_simulated_quantization(sd3: tuple[Any, Any], sd3_directory: Path) -> None:
+    pipeline = ORTDiffusionPipeline.from_pretrained(sd3_directory)
+    assert pipeline.text_encoder_3 is None
+    for size in (16, 8):
+        close = agreement(images(sd3[0], size), images(pipeline, size))
+        assert close.sqnr > 40, size  # dB; quantization itself is at 30 to 35 on this untrained model
+    verify_manifest(sd3_directory)
+
+
+def test_sizes_stay_dynamic(sd3_directory: Path) -> None:
+    shapes = dynamic_dimensions(onnx.load(sd3_directory / "transformer" / "model.onnx"))
+    assert shapes["hidden_states"] == ("batch_size", 4, "height", "width")
+    assert shapes["encoder_hidden_states"] == ("batch_size", "sequence_length", 64)
+    assert shapes["out_hidden_states"] == ("batch_size", 4, "height", "width")
+
+
+def test_the_pipeline_is_as_before(sd3: tuple[Any, Any], sd3_directory: Path) -> None:
+    pipeline, _ = sd3
+    assert any(isinstance(module, modelopt_ext.SegLinear) for module in pipeline.transformer.modules())
+    assert not hasattr(pipeline.transformer.config, "text_encoder_projection_dim")
+    assert not hasattr(pipeline.text_encoder.config, "export_model_type")
+    assert json.loads((sd3_directory / "model_index.json").read_text())["_class_name"] == "StableDiffusion3Pipeline"
+
+
+def test_every_product_is_an_integer_product(sd3_directory: Path, tmp_path: Path) -> None:
+    """With default session options; the MatMuls that remain are the attention's."""
+    optimized = tmp_path / "optimized.onnx"
+    session(sd3_directory / "transformer" / "model.onnx", optimized=optimized)
+    written = onnx.load(sd3_directory / "transformer" / "model.onnx").graph
+    readers = {name for node in written.node if node.op_type == "DequantizeLinear" for name in node.output}
+    products = sum(node.op_type == "MatMul" and node.input[0] in readers for node in written.node)
+    operators = [node.op_type for node in onnx.load(optimized).graph.node]
+    assert operators.count("MatMulIntegerToFloat") == products > 60
+    assert "DequantizeLinear" not in operators
+    assert "Gemm" not in operators
+
+
+@pytest.mark.parametrize(
+    ("preset", "target"),
+    [
+        ("SEGQUANT_CFG", "onnxruntime"),
+        ("SEGQUANT_CFG", "tensorrt"),
+        ("SEGQUANT_FP8_PER_TENSOR_CFG", "onnxruntime"),
+        ("SEGQUANT_W4A4_CFG", "onnxruntime"),
+    ],
+)
+def test_layers_round_to_the_same_codes(preset: str, target: str, sd3: tuple[Any, Any]) -> None:
+    pipeline, trajectories = sd3 if preset == "SEGQUANT_CFG" else quantized_sd3(getattr(modelopt_ext, preset))
+    model = pipeline.transformer
+    found = layer_parity(model, lambda: model(**trajectories[0].inputs), target)
+    assert len(found) == 50
+    codes, differing = sum(layer.codes for layer in found.values()), sum(layer.differing for layer in found.values())
+    assert differing <= 1e-3 * codes
+    assert max(layer.largest for layer in found.values()) <= 1
+    assert max(layer.output for layer in found.values()) < 1e-4
+
+
+def test_denoiser_differs_like_float32_from_float64(sd3: tuple[Any, Any], sd3_directory: Path) -> None:
+    pipeline, trajectories = sd3
+    wide = copy.deepcopy(pipeline.transformer).double()
+    runtime = session(sd3_directory / "transformer" / "model.onnx")
+    rounding = exported = signal = 0.0
+    with torch.no_grad():
+        for call in trajectories:
+            narrow = pipeline.transformer(**call.inputs)[0].double()
+            doubled = {
+                name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+                for name, value in call.inputs.items()
+            }
+            rounding += float((wide(**doubled)[0] - narrow).square().sum())
+            output = next(iter(run(runtime, flat_tensors(call.inputs)).values())).double()
+            exported += float((output - narrow).square().sum())
+            signal += float(narrow.square().sum())
+    assert exported**0.5 < 2 * max(rounding**0.5, 1e-3 * signal**0.5)
+
+
+def test_tensorrt_export_obeys_its_rules(sd3: tuple[Any, Any], tmp_path: Path) -> None:
+    directory = export_onnx(sd3[0], tmp_path / "onnx", target="tensorrt")
+    path = directory / "transformer" / "model.onnx"
+    assert [str(found) for found in check_tensorrt(path) if found.severity == "error"] == []
+    kinds = {tensor.data_type for tensor in onnx.load(path).graph.initializer if "codes" in tensor.name}
+    assert kinds == {onnx.TensorProto.INT8}
+
+
+def test_packed_models_export_alike(sd3: tuple[Any, Any], sd3_directory: Path, tmp_path: Path) -> None:
+    pipeline = copy.copy(sd3[0])
+    pipeline.register_modules(transformer=modelopt_ext.compress(copy.deepcopy(sd3[0].transformer)))
+    assert any(isinstance(module, PackedLinear) for module in pipeline.transformer.modules())
+    directory = export_onnx(pipeline, tmp_path / "onnx", verify=False)
+    call = sd3[1][0]
+    outputs = [
+        next(iter(run(session(where / "transformer" / "model.onnx"), flat_tensors(call.inputs)).values()))
+        for where in (sd3_directory, directory)
+    ]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("shapes-sd3", "SEGQUANT_INT8_DYNAMIC_CFG"),
+        ("shapes-flux", "SEGQUANT_INT8_DYNAMIC_CFG"),
+        ("shapes-sdxl", "SEGQUANT_INT8_DYNAMIC_CFG"),
+    ],
+)
+def test_trained_pipelines(name: str, preset: str, tmp_path: Path) -> None:
+    """SD3 with T5, FLUX, SDXL: images of ONNX Runtime against those of simulated quantization."""
+    kinds = {
+        "shapes-sd3": StableDiffusion3Pipeline,
+        "shapes-flux": FluxPipeline,
+        "shapes-sdxl": StableDiffusionXLPipeline,
+    }
+    pipeline = kinds[name].from_pretrained(SHAPES / name)
+    mtq.quantize(denoiser_of(pipeline), getattr(modelopt_ext, preset))
+    directory = export_onnx(pipeline, tmp_path / "onnx")
+    close = agreement(images(pipeline, 64), images(ORTDiffusionPipeline.from_pretrained(directory), 64))
+    assert close.sqnr > 30  # dB
+
+
+# -- models by themselves, bad input -----------------------------------------------------------------------------------
+
+
+def test_a_denoiser_by_itself(sd3: tuple[Any, Any], sd3_directory: Path, tmp_path: Path) -> None:
+    pipeline, trajectories = sd3
+    call = trajectories[0]
+    directory = export_onnx(pipeline.transformer, tmp_path / "onnx", inputs=call.inputs)
+    assert json.loads((directory / "config.json").read_text())["_class_name"] == "SD3Transformer2DModel"
+    outputs = [
+        next(iter(run(session(path), flat_tensors(call.inputs)).values()))
+        for path in (directory / "model.onnx", sd3_directory / "transformer" / "model.onnx")
+    ]
+    assert agreement(*outputs).sqnr > 60
+
+
+def test_a_size_left_out_of_the_dynamic_axes_stays_fixed(sd3: tuple[Any, Any], tmp_path: Path) -> None:
+    pipeline, trajectories = sd3
+    inputs = trajectories[0].inputs
+    axes = {name: {0: "batch_size"} for name in flat_tensors(inputs)}
+    directory = export_onnx(pipeline.transformer, tmp_path / "onnx", inputs=inputs, dynamic_axes=axes)
+    shapes = dynamic_dimensions(onnx.load(directory / "model.onnx"))
+    assert shapes["hidden_states"] == ("batch_size", 4, 8, 8)
+
+
+class BakesItsSize(nn.Module):
+    """Reads a size as a Python number, which tracing turns into a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.linear(input) + torch.arange(int(input.shape[1])).float()[:, None].tolist().__len__()
+
+
+def test_dynamic_axes_that_the_model_does_not_keep_are_found(tmp_path: Path) -> None:
+    model = nn.Sequential(BakesItsSize())
+    x = torch.randn(2, 8, 32)
+    mtq.quantize(model, modelopt_ext.SEGQUANT_INT8_DYNAMIC_CFG, lambda m: m(x))
+    with pytest.raises(ValueError, match="a size or value became a constant in the graph"):
+        export_onnx(model, tmp_path / "onnx", inputs={"input": x})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"opset": 12}, "opset 12 is not supported: use 19 to 21"),
+        ({"target": "coreml"}, "use one of 'onnxruntime', 'tensorrt'"),
+        ({"inputs": {}}, "a pipeline's inputs, axes and output names are Optimum's"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(sd3: tuple[Any, Any], arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_onnx(sd3[0], tmp_path / "onnx", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_quantized_or_not_known(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no Linear of the pipeline is quantized: call mtq\.quantize"):
+        export_onnx(tiny_sd3_pipeline(), tmp_path / "onnx")
+    with pytest.raises(ValueError, match="needs inputs="):
+        export_onnx(nn.Linear(4, 4), tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_the_old_one(
+    sd3: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "onnx"
+    directory.mkdir()
+    (directory / "model_index.json").write_text("{}")
+
+    def full(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("modelopt_ext.export.onnx.export.save", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_onnx(sd3[0], directory)
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+    assert [path.name for path in directory.iterdir()] == ["model_index.json"]
+    assert any(isinstance(module, modelopt_ext.SegLinear) for module in sd3[0].transformer.modules())
