@@ -63,6 +63,7 @@ def edited(directory: Path, **changes: Any) -> Path:
 
 # -- round trips -------------------------------------------------------------------------------------------------------
 
+GROUPS_OF_32 = {"SEGQUANT_W4A16_CFG", "SEGQUANT_W4A8_FP8_CFG", "SEGQUANT_W4A8_GROUP_CFG"}
 ALWAYS = {
     ("sd3", preset)
     for preset in ("SEGQUANT_INT8_CFG", "SEGQUANT_FP8_SVD_CFG", "SEGQUANT_W4A4_CFG", "SEGQUANT_INT8_PER_TENSOR_CFG")
@@ -75,6 +76,7 @@ ALWAYS = {
         pytest.param(kind, preset, marks=() if (kind, preset) in ALWAYS else pytest.mark.slow)
         for kind in CLASSES
         for preset in PACKABLE
+        if not (kind == "sdxl" and preset in GROUPS_OF_32)  # this UNet has narrower blocks
     ],
 )
 def test_round_trip(kind: str, preset: str, tmp_path):

@@ -190,15 +190,18 @@ def _to_16_bits(value: Tensor) -> Tensor:
 
 
 def _finish_offloaded(module: PackedLinear) -> None:
-    """The same for the tensors that accelerate's hook on ``module`` brings in at each forward."""
-    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-    store = getattr(getattr(weights, "dataset", weights), "state_dict", None)
-    if not isinstance(store, dict):
-        return
-    prefix = getattr(weights, "prefix", "")
-    for field in ("weight", *PackedLinear.FLOAT32):
-        if (value := store.get(f"{prefix}{field}")) is not None:
-            store[f"{prefix}{field}"] = _from_file(field, value)
+    """The same for the tensors that accelerate's hooks on ``module`` bring in at each forward."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        weights = getattr(one, "weights_map", None)
+        store = getattr(weights, "dataset", weights)
+        store = getattr(store, "state_dict", store)
+        if not isinstance(store, dict):
+            continue
+        prefix = getattr(weights, "prefix", "")
+        for field in ("weight", *PackedLinear.FLOAT32):
+            if (value := store.get(f"{prefix}{field}")) is not None:
+                store[f"{prefix}{field}"] = _from_file(field, value)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

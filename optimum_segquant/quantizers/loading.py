@@ -36,8 +36,6 @@ class PackedLoading:
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what can't work before anything is read."""
-        # Until the model is built the hosts ask for the config only to put it into HTTP headers.
-        self.quantization_config.abridged = True
         if importlib.util.find_spec("accelerate") is None:
             raise ImportError("loading packed models needs accelerate: pip install accelerate")
         if kwargs.get("from_flax") or kwargs.get("from_tf"):
@@ -50,6 +48,8 @@ class PackedLoading:
 
     def _default_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype asked for, or else the one a checkpoint was saved in."""
+        # From here until the model is built, hosts ask for the config only to put it into HTTP headers.
+        self.quantization_config.abridged = True
         checkpoint = self.quantization_config.checkpoint
         if dtype is None and self.pre_quantized and checkpoint is not None:
             dtype = getattr(torch, checkpoint.dtype)
