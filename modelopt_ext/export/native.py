@@ -2,14 +2,14 @@
 
 Inference engines know three layouts of a quantized Linear ``y = x W^T + b``, W (N, K):
 
-================  ==============================================  =====================================================
-``fp8``           ``weight`` float8_e4m3fn (N, K), ``weight_scale``  ModelOpt's ``FP8``: vLLM, vLLM-Omni, SGLang,
-                  and ``input_scale`` float32 ()                  TensorRT-LLM VisualGen
-``fp8_per_token``  ``weight`` float8_e4m3fn (N, K),                ModelOpt's ``FP8_PER_CHANNEL_PER_TOKEN``: vLLM,
-                  ``weight_scale`` float32 (N,)                   vLLM-Omni
-``int8_per_token``  ``weight`` int8 (N, K), ``weight_scale``       vLLM-Omni's ``int8``
-                  float32 (N, 1)
-================  ==============================================  =====================================================
+==================  =====================================================  =========================================
+``fp8``             ``weight`` float8_e4m3fn (N, K), ``weight_scale`` and  ModelOpt's ``FP8``: vLLM-Omni, SGLang,
+                    ``input_scale`` float32 ()                             TensorRT-LLM VisualGen
+``fp8_per_token``   ``weight`` float8_e4m3fn (N, K), ``weight_scale``      ModelOpt's ``FP8_PER_CHANNEL_PER_TOKEN``:
+                    float32 (N,)                                           vLLM-Omni
+``int8_per_token``  ``weight`` int8 (N, K), ``weight_scale`` float32       vLLM-Omni's ``int8``
+                    (N, 1)
+==================  =====================================================  =========================================
 
 The engine computes ``round(x / input_scale)`` with a scale of its own per token in the last two, so nothing else can be
 said: no segments, no shift, no smoothing that is left, no second product, no branch, no rotation. A model with a layer
@@ -66,11 +66,11 @@ _PLAIN: Mapping[str, Any] = {
     "alpha": None,
     "rotate": False,
     "low_rank": None,
-    "bias_correction": False,
-    # Layers that read one tensor, such as q, k and v, then share an input scale; engines that fuse them need that.
-    "clip_grid": (1.0,),
 }
 """Settings that stock keys need."""
+
+# Layers that read one tensor, such as q, k and v, then share an input scale; engines that fuse them need that.
+_DEFAULTS: Mapping[str, Any] = {"clip_grid": (1.0,)}
 
 _MODULATION = ("*norm*", "*_mod.*", "*modulation*", "*time_emb_proj*")
 """Names of Linears inside blocks that engines keep in full precision."""
@@ -120,9 +120,9 @@ def native_config(format: NativeFormat, *, every_linear: bool = False, **algorit
     """
     if format not in get_args(NativeFormat):
         raise ValueError(f"format is one of {', '.join(get_args(NativeFormat))}, got {format!r}")
-    outer = "as_configured" if every_linear else "none"
-    fixed = {**_PLAIN, "embedders": outer, "last_layers": outer}
-    refused = {name: value for name, value in algorithm.items() if name in fixed and value not in (fixed[name], "none")}
+    outer = dict.fromkeys(("embedders", "last_layers"), "as_configured" if every_linear else "none")
+    refused = {name: value for name, value in algorithm.items() if name in _PLAIN and value != _PLAIN[name]}
+    refused |= {name: algorithm[name] for name in outer if algorithm.get(name, "none") not in ("none", outer[name])}
     if refused:
         raise ValueError(
             f"stock checkpoint keys can't hold {', '.join(f'{name}={value!r}' for name, value in refused.items())}; "
@@ -132,7 +132,7 @@ def native_config(format: NativeFormat, *, every_linear: bool = False, **algorit
         if names := sorted(set(fields) & set(_PLAIN)):
             raise ValueError(f"stock checkpoint keys can't hold layers[{pattern!r}] with {', '.join(names)}")
     weight, activation = _QUANTIZERS[format]
-    config = linear_only(dict(weight), dict(activation), **{**fixed, **algorithm})
+    config = linear_only(dict(weight), dict(activation), **{**_PLAIN, **_DEFAULTS, **outer, **algorithm})
     if not every_linear:
         config["quant_cfg"] += [{"quantizer_name": pattern, "enable": False} for pattern in _MODULATION]
     return config

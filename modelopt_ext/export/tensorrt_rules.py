@@ -223,9 +223,7 @@ def _pair(graph: QdqGraph, node: NodeProto) -> Iterator[Violation]:
         yield Violation("qdq-pair", label(node), f"its codes are read by {who}; a DequantizeLinear must follow")
     mine = graph.scale(node)
     for reader in readers:
-        if reader in others:
-            continue
-        theirs = graph.scale(reader)
+        theirs = graph.scale(reader) if is_operator(reader, "DequantizeLinear") else None
         if mine is not None and theirs is not None and not np.array_equal(mine.ravel(), theirs.ravel()):
             yield Violation(
                 "qdq-pair",
