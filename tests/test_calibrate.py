@@ -16,8 +16,9 @@ from modelopt_ext import LinearPlan
 from modelopt_ext.calibrate import LinearStatistics, SearchOptions, solve_linear
 from modelopt_ext.calibrate.driver import fill
 from modelopt_ext.calibrate.polarity import Treatment, affordable_second_products, candidates, is_polar, shift_of
+from modelopt_ext.calibrate.search import SIGNIFICANT, WORTHWHILE, is_better, least
 from modelopt_ext.calibrate.smoothing import smoothing_scale
-from modelopt_ext.calibrate.statistics import SPANS
+from modelopt_ext.calibrate.statistics import GROUPS, SPANS
 from modelopt_ext.formats import QuantFormat, quantize_dequantize, row_amax
 from modelopt_ext.nn import to_seg_linear
 
@@ -129,6 +130,64 @@ def test_a_single_call_has_nothing_to_hold_out():
     statistics = watched(normal(10, 4))
     (fold,) = statistics.folds()
     assert torch.equal(fold.range.high, statistics.range.high)
+
+
+def test_groups_are_items_of_large_batches_and_spans_of_small_ones():
+    """Item i of each call holds the constant i, call c adds 100 c."""
+    items = torch.arange(12.0).reshape(12, 1, 1).expand(12, 3, 2)
+    large = watched(*[items for _ in range(4)])
+    assert torch.equal(large.groups, large.rows[:, 0].long() % GROUPS)
+    folds = large.folds()
+    assert [sorted(set(fold.groups.tolist())) for fold in folds] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    for fold in folds:
+        assert torch.equal(fold.groups, fold.rows[:, 0].long() % GROUPS)
+        selected = fold.select(slice(0, 1), torch.device("cpu")) - torch.ones(1)
+        assert torch.equal(selected.groups, fold.groups)
+    small = watched(*[torch.full((1, 3, 2), float(call)) for call in range(40)])
+    assert torch.equal(small.groups, small.rows[:, 0].long() // 8)  # 8 calls a span, once spans were joined three times
+    assert int(small.groups.max()) == 4 < GROUPS
+
+
+def test_empty_calls_leave_no_trace():
+    statistics = watched(normal(3, 4, 8))
+    rows = statistics.rows.clone()
+    for shape in ((0, 4, 8), (3, 0, 8), (0, 8)):
+        statistics.update(torch.empty(shape))
+    assert (statistics.calls, statistics.rows_seen) == (1, 12)
+    assert torch.equal(statistics.rows, rows)
+
+
+def test_a_gain_has_to_show_in_more_than_one_group():
+    kept = torch.tensor([1.0, 2.0, 40.0, 5.0, 0.0])
+    assert is_better(0.9 * kept, kept)  # a tenth in every group, however they differ in size
+    assert not is_better((1 - WORTHWHILE / 2) * kept, kept)
+    assert not is_better(kept, kept)
+    assert not is_better(torch.zeros(5), torch.zeros(5))
+    one_wins = torch.tensor([5.0, 10.0, 10.0, 10.0])
+    assert not is_better(torch.tensor([1.0, 10.0, 10.0, 10.0]), one_wins)  # 11 % in all, from a single group
+    assert is_better(torch.tensor([1.0]), torch.tensor([2.0]))  # nothing to compare it with
+    assert not is_better(torch.tensor([math.nan, 1.0]), torch.tensor([2.0, 2.0]))
+    assert not is_better(torch.tensor([math.inf, 1.0]), torch.tensor([math.inf, 2.0]))
+
+
+def test_the_gains_standard_error_is_that_of_a_ratio():
+    """Against the spread of the ratio over many draws of eight groups."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.rand(20_000, 8, generator=generator) + 0.5
+    tried = size * (0.9 + 0.2 * torch.randn(20_000, 8, generator=generator))
+    ratio = tried.sum(1) / size.sum(1)
+    threshold = 1 - SIGNIFICANT * float(ratio.std())
+    chosen = torch.tensor([is_better(t, k) for t, k in zip(tried[:3000], size[:3000], strict=True)])
+    # The mean gain, 0.1, is 1.4 standard errors: less than the 1.5 asked for, so somewhat under half the draws win.
+    assert float(ratio.mean()) > threshold - 0.01
+    assert 0.35 < float(chosen.float().mean()) < 0.5
+
+
+def test_the_first_setting_stays_unless_another_is_better():
+    noises = {"first": [4.0, 4.0, 4.0], "same": [3.99, 3.99, 3.99], "lucky": [0.5, 4.1, 4.1], "better": [3.0, 3.1, 2.9]}
+    tried = [(name, torch.tensor(noise)) for name, noise in noises.items()]
+    assert least(tried)[0] == "better"
+    assert least(tried[:3])[0] == "first"
 
 
 # -- smoothing and polarity -------------------------------------------------------------------------------------------
@@ -404,3 +463,18 @@ def test_smoothing_is_not_searched_on_rows_that_come_again():
     prompts = torch.randn(8, 6, 16, generator=generator) * spread
     assert solved(*[prompts] * 10).smoothing is None
     assert solved(*[torch.randn(8, 6, 16, generator=generator) * spread for _ in range(10)]).smoothing is not None
+
+
+def test_static_treatments_are_not_searched_on_rows_that_come_again():
+    """Only static ranges: another prompt would leave them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 16, generator=generator)
+    plan, options = LinearPlan.trivial(16, 24), SearchOptions(second_product=True)
+
+    def polarity(fmt: QuantFormat, *calls: Tensor) -> tuple[Treatment, ...]:
+        return solve_linear(weight, plan, watched(*calls), fmt, INT8_ROWS, options).treatments
+
+    prompts = [5 + torch.rand(8, 6, 16, generator=generator) for _ in range(10)]
+    assert polarity(INT8, *prompts[:1] * 10) == (Treatment(),)
+    assert polarity(INT8, *prompts) != (Treatment(),)
+    assert polarity(PER_TOKEN, *prompts[:1] * 10) != (Treatment(),)

@@ -28,12 +28,14 @@ from ..plan import LinearPlan, slices
 from .polarity import Treatment, candidates, is_polar, shift_of
 from .refine import Group, GroupWeights, RefineOptions, Rows, branch_dtype, refine_group
 from .smoothing import smoothing_scale
-from .statistics import ChannelRange, LinearStatistics, RangedRows
+from .statistics import GROUPS, ChannelRange, LinearStatistics, RangedRows
 
 _Setting = TypeVar("_Setting")
 
-# A dearer treatment has to win at least this share of the error, or noise on the sample would decide.
+# A dearer treatment has to win at least this share of the error, or noise on the sample would decide,
 WORTHWHILE = 0.01
+# and this many standard errors of that share, from how it differs between groups of rows (prompts).
+SIGNIFICANT = 1.5
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,10 @@ def solve_linear(
         ValueError: NaN or infinity where the weights are refined.
     """
     weight = weight.detach().float()
-    if has_statistics and not statistics.can_fit_ranges:  # a setting that leaves no choice stays what it is
+    too_few = has_statistics and not statistics.can_fit_ranges
+    if too_few:  # a setting that leaves no choice stays what it is
         options = replace(options, alphas=options.alphas[:1], clips=options.clips[:1])
+    settled = too_few and input_format is not None and not input_format.dynamic
     groups = plan.out_segments if options.alphas != (None,) else (weight.shape[0],)
     weight_segments = plan.out_segments if weight_format is not None and not weight_format.has_row_scales else groups
     folds = statistics.folds()
@@ -198,6 +202,7 @@ def solve_linear(
             weight_format,
             options,
             has_statistics,
+            settled,
         )
         for channels, tag in zip(plan.in_slices, plan.activations, strict=True)
     ]
@@ -224,7 +229,7 @@ def solve_linear(
         treatments=treatments,
         alphas=tuple(zip(*(choice.alphas for choice in chosen), strict=True)),
     )
-    signal, noise = sum(choice.signal for choice in chosen), sum(choice.noise for choice in chosen)
+    signal, noise = sum(choice.signal for choice in chosen), sum(float(choice.noise.sum()) for choice in chosen)
     if has_statistics and signal > 0:
         solution.sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise)
     if input_format is not None and not input_format.dynamic:
@@ -388,7 +393,7 @@ class _Choice:
     alphas: tuple[float | None, ...] = ()
     smoothing: Tensor = field(default_factory=lambda: torch.empty(0))  # (groups, k)
     input_amax: list[tuple[Tensor, ...]] = field(default_factory=list)
-    noise: float = 0.0
+    noise: Tensor = field(default_factory=lambda: torch.zeros(GROUPS))  # by group of rows
     signal: float = 0.0
 
     def merged(self) -> _Choice:
@@ -413,8 +418,12 @@ def _solve_segment(
     weight_format: QuantFormat | None,
     options: SearchOptions,
     has_statistics: bool,
+    settled: bool,
 ) -> _Choice:
-    """Try every treatment with every smoothing; weight is (N, k), ``groups`` has the weight segments of each group."""
+    """Try every treatment with every smoothing; weight is (N, k), ``groups`` has the weight segments of each group.
+
+    With ``settled`` the cheapest treatment is taken as it is.
+    """
     usual, *others = samples.values()
     low, high = float(usual.whole.range.low.min()), float(usual.whole.range.high.max())
     polar = is_polar(tag, low, high) if has_statistics else bool(tag)
@@ -430,6 +439,8 @@ def _solve_segment(
     if not has_statistics:
         # Generated rows say nothing about errors: the finest treatment on offer is taken as it is.
         treatments = treatments[-1:]
+    elif settled:
+        treatments = treatments[:1]
 
     def tried(sample: _Ranged, treatment: Treatment) -> _Choice:
         return _try_treatment(sample, weight, groups, treatment, input_format, weight_format, options)
@@ -437,11 +448,11 @@ def _solve_segment(
     best = tried(usual, treatments[0])
     for treatment in treatments[1:]:
         choice = tried(usual, treatment)
-        if choice.noise < best.noise * (1 - WORTHWHILE):
+        if is_better(choice.noise, best.noise):
             best = choice
     for sample in others:  # other kinds of ranges, for the treatment that is best with the first
         choice = tried(sample, best.treatment)
-        if choice.noise < best.noise * (1 - WORTHWHILE):
+        if is_better(choice.noise, best.noise):
             best = choice
     return best
 
@@ -476,9 +487,9 @@ def _try_treatment(
     def clipped(static: tuple[Tensor, ...], clip: float) -> tuple[Tensor, ...]:
         return tuple(options.stored(amax * clip) for amax in static)
 
-    def noise_of(part: Tensor, sizes: Sequence[int], alpha: float | None, clips: Sequence[float]) -> list[float]:
-        """Squared output error on all folds, for every clipping ratio."""
-        noise = torch.zeros(len(clips), device=part.device)
+    def noise_of(part: Tensor, sizes: Sequence[int], alpha: float | None, clips: Sequence[float]) -> list[Tensor]:
+        """Squared output error on all folds, by group of rows, for every clipping ratio."""
+        noise = torch.zeros(len(clips), GROUPS, device=part.device)
         for fold in shifted:
             scale, static = fit(fold.range, part, alpha)
             z = rotate(fold.rows / scale, treatment.rotation)
@@ -488,8 +499,8 @@ def _try_treatment(
                 codes = z
                 if input_format is not None:
                     codes = round_input(z, treatment.polarity, input_format, clipped(static, clip) or None)
-                noise[index] += (codes @ rounded.T - reference).square().sum()
-        return noise.tolist()
+                noise[index].index_add_(0, fold.groups, (codes @ rounded.T - reference).square().sum(dim=1))
+        return list(noise.cpu())
 
     choice = _Choice(treatment, shift=shift_for(whole))
     shifted = [fold - shift_for(fold) for fold in folds]
@@ -499,9 +510,9 @@ def _try_treatment(
         # The signal is the whole output, shift included, or shifted segments would look worse than they are.
         choice.signal += sum(float((fold.rows @ part.T).square().sum()) for fold in folds)
         # One after the other: trying every pair took four times as long on a trained model and came out no better.
-        alpha, least = _least((alpha, noise_of(part, sizes, alpha, clips[:1])[0]) for alpha in options.alphas)
-        clip, least = _least(zip(clips, (least, *noise_of(part, sizes, alpha, clips[1:])), strict=True))
-        choice.noise += least
+        alpha, noise = least((alpha, noise_of(part, sizes, alpha, clips[:1])[0]) for alpha in options.alphas)
+        clip, noise = least(zip(clips, (noise, *noise_of(part, sizes, alpha, clips[1:])), strict=True))
+        choice.noise += noise
         choice.alphas += (alpha,)
         scale, static = fit(whole.range - choice.shift, part, alpha)
         fitted.append((scale, clipped(static, clip)))
@@ -510,10 +521,33 @@ def _try_treatment(
     return choice
 
 
-def _least(tried: Iterable[tuple[_Setting, float]]) -> tuple[_Setting, float]:
-    """The first setting with its noise, or a later one that is worthwhile."""
-    (best, least), *others = tried
-    for setting, noise in others:
-        if noise < least * (1 - WORTHWHILE):
-            best, least = setting, noise
-    return best, least
+def least(tried: Iterable[tuple[_Setting, Tensor]]) -> tuple[_Setting, Tensor]:
+    """The first setting with its noise (by group of rows), or a later one that is better."""
+    (best, noise), *others = tried
+    for setting, its_noise in others:
+        if is_better(its_noise, noise):
+            best, noise = setting, its_noise
+    return best, noise
+
+
+def is_better(tried: Tensor, kept: Tensor) -> bool:
+    """Whether a setting's held-out error is so much less that it will be on other data, too.
+
+    The sum has to fall by the share :data:`WORTHWHILE`, and by :data:`SIGNIFICANT` standard errors of that share: what
+    one prompt in eight gains says little about the ninth. With r = sum(tried) / sum(kept) the share is 1 - r, and the
+    variance of a ratio of sums over n groups g is about n / (n - 1) sum (tried_g - r kept_g)^2 / sum(kept)^2. Groups
+    that gain alike leave it small, however they differ in size.
+
+    Args:
+        tried, kept: (groups,) squared errors of two settings on the same rows; 0 for a group without rows.
+    """
+    seen = (kept > 0) | (tried > 0)
+    tried, kept = tried[seen].double(), kept[seen].double()
+    count, total = len(kept), float(kept.sum())
+    ratio = float(tried.sum()) / total if total > 0 else math.inf
+    if not ratio < 1 - WORTHWHILE:
+        return False
+    if count < 2:
+        return True
+    error = math.sqrt(count / (count - 1)) * float((tried - ratio * kept).norm()) / total
+    return 1 - ratio > SIGNIFICANT * error

@@ -25,6 +25,8 @@ from .hessian import SecondMoments
 SPANS = 8
 # Fewer items a call may be one prompt with and without guidance, which are no two samples of the same thing.
 ITEMS_TO_SPLIT = 4
+# Rows are told apart by where they come from in at most this many groups: prompts, or spans of calls.
+GROUPS = 8
 # Different rows that a Linear needs for each of its channels before what depends on single rows is fitted to them.
 ROWS_A_CHANNEL = 4
 
@@ -114,11 +116,13 @@ class Sample:
         rows: (R, K).
         seen: ranges of the calls to take the range from.
         source: rows of those calls, (R', K), for percentiles.
+        groups: (R,) int64, which of :data:`GROUPS` groups of items or calls each row comes from.
     """
 
     rows: Tensor
     seen: RunningRange
     source: Tensor
+    groups: Tensor
 
     @property
     def range(self) -> ChannelRange:
@@ -142,20 +146,23 @@ class Sample:
             return RangedRows(
                 self.rows[:, channels].to(device).float(),
                 _percentile_range(self.source[:, channels].to(device).float(), float(kind[1:]) / 100),
+                self.groups.to(device),
             )
-        return RangedRows(self.rows[:, channels].to(device).float(), range_.select(channels, device))
+        rows = self.rows[:, channels].to(device).float()
+        return RangedRows(rows, range_.select(channels, device), self.groups.to(device))
 
 
 @dataclass
 class RangedRows:
-    """Some rows (R, k) float32 and a range of channels to quantize them with."""
+    """Some rows (R, k) float32, a range of channels to quantize them with, and each row's group (R,), see Sample."""
 
     rows: Tensor
     range: ChannelRange
+    groups: Tensor
 
     def __sub__(self, shift: Tensor) -> RangedRows:
         """The rows and their range after subtracting ``shift`` (k,)."""
-        return RangedRows(self.rows - shift, self.range - shift)
+        return RangedRows(self.rows - shift, self.range - shift, self.groups)
 
 
 def _percentile_range(rows: Tensor, share: float) -> ChannelRange:
@@ -203,7 +210,7 @@ class LinearStatistics:
         self._extend_ranges(x)
         items, tokens, channels = x.shape
         rows = x.reshape(-1, channels)
-        self._sample(rows, torch.arange(items).repeat_interleave(tokens) % 2)
+        self._sample(rows, torch.arange(items).repeat_interleave(tokens))
         if self.moments is not None:
             self.moments.update(rows)
         self.rows_seen += items * tokens
@@ -226,7 +233,7 @@ class LinearStatistics:
             self._calls_a_span *= 2
         self._spans.append(seen)
 
-    def _sample(self, x: Rows, parity: Tensor) -> None:
+    def _sample(self, x: Rows, item: Tensor) -> None:
         # Every row draws a random key; the rows with the smallest keys stay. One pass, exact, independent of how the
         # rows are spread over calls, and most rows of a long pass are turned away before they are copied.
         keys = torch.rand(x.shape[0], generator=self._generator, dtype=torch.float64)
@@ -240,8 +247,8 @@ class LinearStatistics:
             return
         dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
         rows = x.index_select(0, chosen.to(x.device)).to("cpu", dtype)
-        # Where each row comes from: the call, and whether the batch item was even or odd.
-        keys, origin = keys[chosen], torch.stack([torch.full_like(chosen, self.calls), parity[chosen]], dim=1)
+        # Where each row comes from: the call, and the item of the batch.
+        keys, origin = keys[chosen], torch.stack([torch.full_like(chosen, self.calls), item[chosen]], dim=1)
         if self.rows is not None and self._keys is not None and self._origin is not None:
             rows = torch.cat([self.rows, rows])
             keys, origin = torch.cat([self._keys, keys]), torch.cat([self._origin, origin])
@@ -263,7 +270,7 @@ class LinearStatistics:
     def whole(self) -> Sample:
         """All sampled rows with the range of all calls."""
         assert self.rows is not None
-        return Sample(self.rows, self._seen, self.rows)
+        return Sample(self.rows, self._seen, self.rows, self.groups)
 
     def folds(self) -> list[Sample]:
         """Rows with ranges of *other* data: two halves of what was seen, each with the other's range.
@@ -284,8 +291,22 @@ class LinearStatistics:
         else:
             middle = len(self._spans) // 2
             first, second = (reduce(RunningRange.__or__, half) for half in (self._spans[:middle], self._spans[middle:]))
-        halves = self.rows[in_first], self.rows[~in_first]
-        return [Sample(halves[0], second, halves[1]), Sample(halves[1], first, halves[0])]
+        halves, groups = (self.rows[in_first], self.rows[~in_first]), self.groups
+        return [
+            Sample(halves[0], second, halves[1], groups[in_first]),
+            Sample(halves[1], first, halves[0], groups[~in_first]),
+        ]
+
+    @property
+    def groups(self) -> Tensor:
+        """(R,) int64: the group each of :attr:`rows` comes from, items of a batch or, if those are few, spans of calls.
+
+        Rows of one group are much alike, those of different ones are not: how far a gain varies from group to group
+        says whether it would be one on the next prompt.
+        """
+        assert self._origin is not None
+        call, item = self._origin.unbind(dim=1)
+        return item % GROUPS if self._items >= ITEMS_TO_SPLIT else call // self._calls_a_span
 
     @property
     def can_fit_weights(self) -> bool:
@@ -299,11 +320,11 @@ class LinearStatistics:
 
     @property
     def can_fit_ranges(self) -> bool:
-        """Whether the rows are diverse enough to choose smoothing and clipping by them.
+        """Whether the rows are diverse enough to choose smoothing, clipping and treatments of static ranges by them.
 
         The tokens of a prompt come again at every timestep, so Linears that read them (cross-attention's keys and
         values, text embedders) see few different rows however long the pass is: with 8 prompts, smoothing chosen on
-        them costs such a Linear 2.5 dB on other prompts, up to 9.
+        them costs such a Linear 2.5 dB on other prompts, up to 9; a static shift or split by sign, up to 1.2.
         """
         if self.rows is None or self._tokens <= 1:
             return self.rows is not None
@@ -326,7 +347,7 @@ class LinearStatistics:
         if self.rows is None or self._origin is None or self._alternate is None:
             return None
         if self._items >= ITEMS_TO_SPLIT:
-            in_first = self._origin[:, 1] == 0
+            in_first = self._origin[:, 1] % 2 == 0
         elif len(self._spans) > 1:
             in_first = self._origin[:, 0] < len(self._spans) // 2 * self._calls_a_span
         else:

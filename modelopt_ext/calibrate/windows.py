@@ -89,6 +89,6 @@ class WindowStatistics(LinearStatistics):
             self._extend_ranges(images.flatten(2).transpose(1, 2))
             windows = Windows(images, module.kernel_size, module.stride, module.dilation)
             items, count = images.shape[0], windows.shape[0]
-            self._sample(windows, torch.arange(items).repeat_interleave(count // items) % 2)
+            self._sample(windows, torch.arange(items).repeat_interleave(count // items))
             self.rows_seen += count
             self.calls += 1
