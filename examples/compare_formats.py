@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import inspect
 import json
 import math
 import multiprocessing
@@ -45,11 +44,10 @@ from typing import Any
 
 import modelopt.torch.quantization as mtq
 import score_shapes
-import shapes
 import torch
-from diffusers import DiffusionPipeline
 from modelopt.torch.quantization.nn import TensorQuantizer
-from quantize_shapes import GUIDANCE, TEXT_TOKENS, linears_only
+from quantize_shapes import linears_only
+from shapes_sampling import PIPELINES, check_pipeline, load_pipeline, matching, sampling
 from torch import nn
 
 from modelopt_ext.presets import PER_TOKEN, PRESETS, linear_only
@@ -66,7 +64,6 @@ from optimum_segquant.evaluation import (
     share,
 )
 
-PIPELINES = Path(__file__).parent / "pipelines"
 CALIBRATION_SEED, UNSEEN_SEED, IMAGE_SEED = 30_000, 40_000, 50_000  # plus the seed's number
 
 ERROR_LENGTH = 300  # characters of an error's message that are kept
@@ -263,24 +260,6 @@ QUICK_ROWS = (
 # Data
 
 
-def sampling(pipeline: Any, count: int, steps: int) -> dict[str, Any]:
-    """Arguments of a call of a shapes pipeline for ``count`` prompts: guidance on, short text, one batch."""
-    known = inspect.signature(pipeline.__call__).parameters
-    arguments: dict[str, Any] = {
-        "num_inference_steps": steps,
-        "height": shapes.CANVAS,
-        "width": shapes.CANVAS,
-        "batch_size": count,
-    }
-    if "true_cfg_scale" in known:  # FLUX: guidance_scale is an embedding, which the shapes pipeline lacks
-        arguments |= {"true_cfg_scale": GUIDANCE, "negative_prompt": [""] * count}
-    else:
-        arguments["guidance_scale"] = GUIDANCE
-    if "max_sequence_length" in known:
-        arguments["max_sequence_length"] = TEXT_TOKENS
-    return arguments
-
-
 @dataclass(frozen=True)
 class Data:
     """What all rows of one pipeline and seed share.
@@ -303,13 +282,6 @@ class Data:
     options: Mapping[str, Any]
 
 
-def load_pipeline(folder: Path, device: str) -> Any:
-    """A full-precision pipeline of the class that its folder names."""
-    pipeline = DiffusionPipeline.from_pretrained(folder).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def sample(pipeline: Any, seed: int, options: argparse.Namespace) -> Data:
     """Record trajectories and draw reference pictures for one seed."""
 
@@ -319,10 +291,10 @@ def sample(pipeline: Any, seed: int, options: argparse.Namespace) -> Data:
             score_shapes.unseen_prompts(options.prompts, seed=base + seed),
             seeds=100 * (base + seed),
             steps=steps,
-            **sampling(pipeline, options.prompts, options.steps),
+            **sampling(pipeline, options.steps, batch_size=options.prompts),
         )
 
-    arguments = sampling(pipeline, options.images, options.steps)
+    arguments = sampling(pipeline, options.steps, batch_size=options.images)
     prompts = score_shapes.unseen_prompts(options.images, seed=IMAGE_SEED + seed)
     image_seed = 100 * (IMAGE_SEED + seed)
     return Data(
@@ -678,10 +650,13 @@ def verdicts(results: Results) -> str:
 # Layer by layer
 
 
+# By default more rows are kept where weights are fitted to them, and the search would choose by other rows.
+SAME_ROWS = {"samples": 4096}
+
 STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "search": ({}, {"alpha": None, "polarity": "none", "clip_grid": (1.0,)}),
-    "low rank": ({"low_rank": {"rank": 32, "max_share": 0.25}}, {}),
-    "GPTQ": ({"gptq": True}, {}),
+    "low rank": ({"low_rank": {"rank": 32, "max_share": 0.25}, **SAME_ROWS}, SAME_ROWS),
+    "GPTQ": ({"gptq": True, **SAME_ROWS}, SAME_ROWS),
 }
 """What is compared layer by layer: fields of the algorithm with it, and without. The defaults search."""
 
@@ -804,10 +779,7 @@ def chosen_rows(options: argparse.Namespace) -> list[Row]:
     Raises:
         SystemExit: it matches none.
     """
-    rows = [row for row in table_rows().values() if any(fnmatch(row.name, pattern) for pattern in options.rows)]
-    if not rows:
-        raise SystemExit(f"--rows {' '.join(options.rows)} matches none of: {', '.join(table_rows())}")
-    return rows
+    return [table_rows()[name] for name in matching(table_rows(), options.rows)]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -839,8 +811,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options.threads = options.threads or max(1, torch.get_num_threads() // options.workers)
     options.pipelines = options.pipelines or sorted(path.parent for path in PIPELINES.glob("*/model_index.json"))
     for folder in options.pipelines:
-        if not (folder / "model_index.json").is_file():
-            raise SystemExit(f"{folder} holds no pipeline: train one with examples/train_shapes_pipeline.py")
+        check_pipeline(folder)
     return options
 
 
