@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel
 from modelopt.torch.quantization.nn import TensorQuantizer
-from tiny_pipelines import tiny_sd3_transformer
+from tiny_pipelines import tiny_sd3_transformer, tiny_unet
 from torch import Tensor, nn
 
 import modelopt_ext
@@ -373,17 +373,7 @@ def test_after_another_config(original: nn.Module, model: nn.Module, first: str)
 
 
 def test_convolutions_of_an_earlier_config_stay_quantized():
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
+    unet = tiny_unet()
 
     def forward_loop(model: nn.Module) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from typing import Any
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
 import pytest
+import tiny_pipelines
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
@@ -274,20 +275,10 @@ def changed(config: dict[str, Any], *entries: dict[str, Any], **algorithm: Any) 
 
 
 def tiny_unet(seed: int = 0, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
+    unet = tiny_pipelines.tiny_unet(seed)
     with torch.no_grad():
         unet.conv_in.weight *= 8  # skip connections of larger range than what they join, as trained UNets have
-    return unet.to(dtype).eval()
+    return unet.to(dtype)
 
 
 def unet_inputs(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -100,21 +100,26 @@ def tiny_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def tiny_sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
-    """A Stable Diffusion 1 pipeline: its UNet gets sample and timestep as positional arguments."""
+def tiny_unet(seed: int = 0, text_channels: int = 16) -> UNet2DConditionModel:
+    """A UNet with skip connections and one level of attention, for (B, 4, 8, 8) and text (B, T, text_channels)."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
+        cross_attention_dim=text_channels,
         attention_head_dim=2,
         norm_num_groups=4,
-    )
+    ).eval()
+
+
+def tiny_sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """A Stable Diffusion 1 pipeline: its UNet gets sample and timestep as positional arguments."""
+    torch.manual_seed(seed)
     pipeline = StableDiffusionPipeline(
-        unet=unet.eval(),
+        unet=tiny_unet(seed, text_channels=32),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         vae=tiny_vae(),
         text_encoder=CLIPTextModel(tiny_text_config()).eval(),
