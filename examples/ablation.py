@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import score_shapes
-from diffusers import StableDiffusion3Pipeline
-from quantize_shapes import GUIDANCE, PIPELINE, TEXT_TOKENS
+from shapes_sampling import PIPELINE, load_pipeline, sampling
 
 from modelopt_ext import SegQuantCalibConfig
 from modelopt_ext.presets import linear_only
@@ -75,12 +74,6 @@ Results = dict[str, dict[str, list[float]]]
 def run(pipeline: Any, rows: Mapping[str, Mapping[str, Any]], seeds: int, options: argparse.Namespace) -> Results:
     """Quantize and measure every row on every seed."""
     results: Results = {weights: {row: [] for row in rows} for weights in options.weights}
-    sampling = {
-        "num_inference_steps": options.steps,
-        "guidance_scale": GUIDANCE,
-        "max_sequence_length": TEXT_TOKENS,
-        "batch_size": 16,
-    }
     for seed in range(seeds):
         # Prompts and noise of calibration and evaluation, of all seeds and of quantize_shapes.py, are distinct.
         calibration, unseen = (
@@ -89,7 +82,7 @@ def run(pipeline: Any, rows: Mapping[str, Mapping[str, Any]], seeds: int, option
                 score_shapes.unseen_prompts(options.prompts, seed=base + seed),
                 seeds=1000 * (base + seed),
                 steps=kept,
-                **sampling,
+                **sampling(pipeline, options.steps),
             )
             for base, kept in ((10_000, options.calibration_steps), (20_000, options.unseen_steps))
         )
@@ -159,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     """Run the ablation, print its table and write its JSON."""
     start = time.perf_counter()
     options = parse_arguments(arguments)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(options.pipeline)
+    pipeline = load_pipeline(options.pipeline)
     rows = {name: ROWS[name] for name in QUICK_ROWS} if options.quick else ROWS
     results = run(pipeline, rows, options.seeds, options)
     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -11,21 +11,18 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import score_shapes
 import torch
-from diffusers import StableDiffusion3Pipeline
+from shapes_sampling import GUIDANCE, PIPELINE, load_pipeline, sampling
 
 import modelopt_ext
 from modelopt_ext.presets import PER_TOKEN, linear_only
 from optimum_segquant.correction import confirm, correct_denoiser, final_latents, fit_affine_correction
 from optimum_segquant.evaluation import Trajectories, denoiser_replaced, sample_trajectories, sqnr_db, velocity_sqnr
 
-PIPELINE = Path(__file__).parent / "pipelines" / "shapes-sd3"
-GUIDANCE = 4.0
 CALIBRATION_SEED, FIT_SEED, UNSEEN_SEED, IMAGE_SEED = 1_000, 5_000, 2_000, 3_000
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -59,23 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     calibrating, fitting, measuring, images = (8, 8, 8, 8) if options.quick else (16, 32, 16, 32)
     kept, seen = (4, 8) if options.quick else (8, 12)  # denoising steps that calibration and measurement see
-    sampling: dict[str, Any] = {
-        "num_inference_steps": 8 if options.quick else 24,
-        "guidance_scale": GUIDANCE,
-        "max_sequence_length": 32,
-        "batch_size": 16,
-    }
-    pipeline = StableDiffusion3Pipeline.from_pretrained(PIPELINE).to(options.device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(PIPELINE, options.device)
+    call = sampling(pipeline, steps=8 if options.quick else 24)
 
     def record(count: int, seed: int, steps: int) -> Trajectories:
         prompts = score_shapes.unseen_prompts(count, seed=seed)
-        return sample_trajectories(pipeline, prompts, seeds=seed, steps=steps, **sampling)
+        return sample_trajectories(pipeline, prompts, seeds=seed, steps=steps, **call)
 
     calibration, fit = record(calibrating, CALIBRATION_SEED, kept), record(fitting, FIT_SEED, kept)
     unseen = record(measuring, UNSEEN_SEED, seen)
     prompts = score_shapes.unseen_prompts(images, seed=IMAGE_SEED)
-    reference = final_latents(pipeline, prompts, seeds=IMAGE_SEED, **sampling)
+    reference = final_latents(pipeline, prompts, seeds=IMAGE_SEED, **call)
     print("| config | correction | chosen | velocity SQNR, dB | guided SQNR, dB | final latents gain, dB |")
     print("|---|---|---|---|---|---|")
     for name, config in CONFIGS.items():
@@ -87,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with correct_denoiser(denoiser, correction):
                 corrected = velocity_sqnr(denoiser, unseen).overall, guided_sqnr(denoiser, unseen, GUIDANCE)
             with denoiser_replaced(pipeline, denoiser):
-                gain = confirm(pipeline, correction, reference, prompts, seeds=IMAGE_SEED, **sampling)
+                gain = confirm(pipeline, correction, reference, prompts, seeds=IMAGE_SEED, **call)
             print(
                 f"| {name} | {label} | {correction.method} | {corrected[0]:.2f} | {corrected[1]:.2f} "
                 f"| {gain.gain_db:+.2f} ± {gain.se_db:.2f} |",

@@ -29,8 +29,8 @@ import modelopt.torch.quantization as mtq
 import psutil
 import score_shapes
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from quantize_shapes import GUIDANCE, PIPELINE, TEXT_TOKENS
+from diffusers import SD3Transformer2DModel
+from shapes_sampling import PIPELINE, load_pipeline, sampling
 from torch import nn
 
 import modelopt_ext
@@ -108,15 +108,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Run both jobs, print and return their numbers."""
     options = parse_arguments(arguments)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(options.pipeline)
+    pipeline = load_pipeline(options.pipeline)
     trajectories = sample_trajectories(
         pipeline,
         score_shapes.unseen_prompts(options.prompts, seed=1_000),
-        num_inference_steps=options.steps,
         steps=options.calibration_steps,
-        guidance_scale=GUIDANCE,
-        max_sequence_length=TEXT_TOKENS,
-        batch_size=16,
+        **sampling(pipeline, options.steps),
     )
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import score_shapes
-from diffusers import StableDiffusion3Pipeline
-from quantize_shapes import GUIDANCE, PIPELINE, TEXT_TOKENS
+from shapes_sampling import PIPELINE, load_pipeline, sampling
 
 import modelopt_ext
 from modelopt_ext.mixed_precision import (
@@ -124,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Print both tables and write the JSON."""
     start = time.perf_counter()
     options = parse_arguments(arguments)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(options.pipeline)
+    pipeline = load_pipeline(options.pipeline)
     denoiser = denoiser_of(pipeline)
 
     def sample(prompts: int, seed: int, kept: int) -> Any:
@@ -133,10 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             score_shapes.unseen_prompts(prompts, seed=seed),
             seeds=seed,
             steps=kept,
-            num_inference_steps=options.steps,
-            guidance_scale=GUIDANCE,
-            max_sequence_length=TEXT_TOKENS,
-            batch_size=16,
+            **sampling(pipeline, options.steps),
         )
 
     calibration = sample(options.calibration_prompts, CALIBRATION_SEED, options.calibration_steps)

@@ -16,15 +16,14 @@ import math
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import score_shapes
 import torch
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw, ImageFont
+from shapes_sampling import PIPELINE, load_pipeline, matching, sampling
 
 import modelopt_ext
 from optimum_segquant.evaluation import (
@@ -37,10 +36,6 @@ from optimum_segquant.evaluation import (
     sample_trajectories,
     share,
 )
-
-PIPELINE = Path(__file__).parent / "pipelines" / "shapes-sd3"
-GUIDANCE = 4.0
-TEXT_TOKENS = 32  # what the pipeline's text encoders were trained with; longer padding only costs time
 
 # Calibration, measurement and images use prompts and seeds of their own.
 CALIBRATION_SEED, UNSEEN_SEED, IMAGE_SEED = 1_000, 2_000, 3_000
@@ -157,21 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison and write its results."""
     start = time.perf_counter()
     options = parse_arguments(arguments)
-    configs = {
-        name: config for name, config in table_rows().items() if any(fnmatch(name, pattern) for pattern in options.rows)
-    }
-    if not configs:
-        raise SystemExit(f"--rows {' '.join(options.rows)} matches none of: {', '.join(table_rows())}")
-    if not (options.pipeline / "model_index.json").is_file():
-        raise SystemExit(f"{options.pipeline} holds no pipeline: train one with examples/train_shapes_pipeline.py")
-    pipeline = StableDiffusion3Pipeline.from_pretrained(options.pipeline).to(options.device)
-    pipeline.set_progress_bar_config(disable=True)
-    sampling = {
-        "num_inference_steps": options.steps,
-        "guidance_scale": GUIDANCE,
-        "max_sequence_length": TEXT_TOKENS,
-        "batch_size": 16,
-    }
+    configs = {name: table_rows()[name] for name in matching(table_rows(), options.rows)}
+    pipeline = load_pipeline(options.pipeline, options.device)
+    call = sampling(pipeline, options.steps)
 
     print("sampling full-precision trajectories and images", flush=True)
     calibration = sample_trajectories(
@@ -179,17 +162,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         score_shapes.unseen_prompts(options.calibration_prompts, seed=CALIBRATION_SEED),
         seeds=CALIBRATION_SEED,
         steps=options.calibration_steps,
-        **sampling,
+        **call,
     )
     unseen = sample_trajectories(
         pipeline,
         score_shapes.unseen_prompts(options.unseen_prompts, seed=UNSEEN_SEED),
         seeds=UNSEEN_SEED,
         steps=options.unseen_steps,
-        **sampling,
+        **call,
     )
     prompts = score_shapes.unseen_prompts(options.images, seed=IMAGE_SEED)
-    reference = generate_images(pipeline, prompts, seeds=IMAGE_SEED, **sampling)
+    reference = generate_images(pipeline, prompts, seeds=IMAGE_SEED, **call)
 
     results: dict[str, tuple[Comparison, score_shapes.Score]] = {}
     for name, config in configs.items():
@@ -202,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prompts=prompts,
             reference=reference,
             seeds=IMAGE_SEED,
-            **sampling,
+            **call,
         )
         assert row.images is not None
         results[name] = row, score_shapes.score(prompts, row.images)

@@ -55,8 +55,8 @@ def test_table_shows_what_direct_evaluation_gives(printed: tuple[str, Path]) -> 
     text, path = printed
     pipeline = compare_formats.load_pipeline(SDXL, "cpu")
     options = compare_formats.parse_arguments([*SMALL, "--pipelines", str(SDXL)])
-    sampling = compare_formats.sampling(pipeline, 2, 2)
-    assert sampling["guidance_scale"] == compare_formats.GUIDANCE
+    sampling = compare_formats.sampling(pipeline, 2, batch_size=2)
+    assert sampling["guidance_scale"] == 4.0
     assert "max_sequence_length" not in sampling  # SDXL has no T5
     prompts = compare_formats.score_shapes.unseen_prompts(2, seed=compare_formats.UNSEEN_SEED)
     unseen = sample_trajectories(

@@ -419,7 +419,7 @@ def test_default_candidates():
 def test_example(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     few = [c for c in example.CANDIDATES if c.name in ("w8a8", "w8a16", "w16a16")]
     monkeypatch.setattr(example, "CANDIDATES", few)
-    monkeypatch.setattr(example.StableDiffusion3Pipeline, "from_pretrained", lambda path: tiny_sd3_pipeline())
+    monkeypatch.setattr(example, "load_pipeline", lambda folder: tiny_sd3_pipeline())
     path = tmp_path / "results.json"
     rows = {row.name: row for row in example.main(["--quick", "--json", str(path), "--times", "--bits", "12"])}
     assert list(rows) == ["w8a8 everywhere", "w8a16 everywhere", "mix, 12 bits", "mix, 12 bits, 8-bit activations"]
