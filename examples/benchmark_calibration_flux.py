@@ -33,14 +33,16 @@ TINY = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "join
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
 
-def build(device: torch.device, tiny: bool) -> FluxTransformer2DModel:
-    """The transformer, random weights in bfloat16, made on ``device``."""
+def build(device: torch.device, tiny: bool, **sizes: int) -> FluxTransformer2DModel:
+    """The transformer, random weights in bfloat16, made on ``device``; ``sizes`` change its configuration."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            return FluxTransformer2DModel(guidance_embeds=True, **(TINY if tiny else {})).eval().requires_grad_(False)
+            return (
+                FluxTransformer2DModel(guidance_embeds=True, **(TINY if tiny else sizes)).eval().requires_grad_(False)
+            )
     finally:
         torch.set_default_dtype(default)
 

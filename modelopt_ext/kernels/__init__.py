@@ -1,6 +1,5 @@
-"""Matrix products of codes, as custom operators with a reference for every device."""
+"""Matrix products of codes, with a reference for every device and fast kernels for GPUs."""
 
-from . import cuda as cuda
 from .scaled_mm import scaled_mm
 
 __all__ = ["scaled_mm"]

@@ -1,4 +1,4 @@
-"""Fast products of codes on CUDA devices, in the place of the reference.
+"""Fast products of codes on CUDA devices, and what they need.
 
 Int8 codes go to a Triton kernel, E4M3 codes to ``torch._scaled_mm``. What a device or a size lacks is found out by
 trying or by the operands, never by the GPU's name, and falls back to the reference, which a log line says once.
@@ -12,90 +12,80 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .scaled_mm import check, reference, scaled_mm
-
 logger = logging.getLogger(__name__)
 
 # cuBLAS takes E4M3 matrices with sizes that are multiples of this.
 FP8_MULTIPLE = 16
 
 
+@torch.compiler.assume_constant_result
 @cache
-def _warn(problem: str) -> None:
-    logger.warning("segquant: %s; using the slow reference product", problem)
-
-
-@cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the Triton kernel can be used; registers its operator."""
     try:
-        import triton  # noqa: F401
+        from . import triton_gemm  # noqa: F401
     except ImportError:
+        logger.warning("segquant: Triton is not installed (pip install triton); using the slow reference product")
         return False
     return True
 
 
-@scaled_mm.register_kernel("cuda")
-def _(
+@torch.compiler.assume_constant_result
+@cache
+def fp8_fits(device: int, rows: int, channels: int) -> bool:
+    """Whether ``torch._scaled_mm`` multiplies by a weight (rows, channels) of E4M3 codes on that device."""
+    if rows % FP8_MULTIPLE or channels % FP8_MULTIPLE:
+        logger.warning(
+            "segquant: a %d x %d E4M3 weight is no multiple of %d; using the slow reference product",
+            rows,
+            channels,
+            FP8_MULTIPLE,
+        )
+        return False
+    ones = torch.ones(FP8_MULTIPLE, 1, device=f"cuda:{device}")
+    codes = torch.zeros(FP8_MULTIPLE, FP8_MULTIPLE, device=f"cuda:{device}").to(torch.float8_e4m3fn)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16)
+    except (RuntimeError, ValueError) as error:
+        logger.warning("segquant: no E4M3 products here (%s); using the slow reference product", error)
+        return False
+    return True
+
+
+def fp8_gemm(
     a: Tensor,
     b: Tensor,
     scale_a: Tensor,
     scale_b: Tensor,
-    bias: Tensor | None = None,
-    zero: int = 0,
-    sum_b: Tensor | None = None,
-    a2: Tensor | None = None,
-    scale_a2: Tensor | None = None,
-    sign: int = 1,
-    out_dtype: torch.dtype | None = None,
+    bias: Tensor | None,
+    second: tuple[Tensor, Tensor, int] | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    check(a, b, zero, sum_b, a2, scale_a2)
-    out_dtype = out_dtype or torch.float32
-    if a.dtype == torch.int8:
-        if _has_triton():
-            from .triton_gemm import int8_gemm  # Triton is optional
-
-            second = None if a2 is None or scale_a2 is None else (a2, scale_a2, sign)
-            return int8_gemm(a, b, scale_a, scale_b, bias, zero, sum_b, second, out_dtype)
-        _warn("Triton is not installed (pip install triton)")
-    elif _fp8_fits(a, b):
-        if a2 is None or scale_a2 is None:
-            return _fp8_gemm(a, b, scale_a, scale_b, bias, out_dtype)
-        # No kernel shares the weight between two E4M3 products: two of them.
-        first = _fp8_gemm(a, b, scale_a, scale_b, bias, torch.float32)
-        return (first + sign * _fp8_gemm(a2, b, scale_a2, scale_b, None, torch.float32)).to(out_dtype)
-    return reference(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, out_dtype)
+    """:func:`modelopt_ext.kernels.scaled_mm` of E4M3 codes; each product is rounded to bfloat16."""
+    half = torch.bfloat16
+    if second is None and out_dtype == half:
+        return _row_wise(a, b, scale_a, scale_b, None if bias is None else bias.to(half))
+    total = _row_wise(a, b, scale_a, scale_b, None).float()
+    if second is not None:
+        # No kernel shares the weight between two E4M3 products.
+        a2, scale_a2, sign = second
+        total = total + sign * _row_wise(a2, b, scale_a2, scale_b, None).float()
+    return (total if bias is None else total + bias).to(out_dtype)
 
 
-def _fp8_fits(a: Tensor, b: Tensor) -> bool:
-    if not _has_fp8(a.device):
-        _warn(f"{torch.cuda.get_device_name(a.device)} multiplies no E4M3 matrices")
-        return False
-    if b.shape[0] % FP8_MULTIPLE or b.shape[1] % FP8_MULTIPLE:
-        _warn(f"a {b.shape[0]} x {b.shape[1]} E4M3 weight is not a multiple of {FP8_MULTIPLE}")
-        return False
-    return True
-
-
-@cache
-def _has_fp8(device: torch.device) -> bool:
-    """Whether ``torch._scaled_mm`` works there."""
-    one = torch.ones((), device=device)
-    codes = torch.zeros(FP8_MULTIPLE, FP8_MULTIPLE, device=device).to(torch.float8_e4m3fn)
-    try:
-        torch._scaled_mm(codes, codes.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
-    except (RuntimeError, ValueError):
-        return False
-    return True
-
-
-def _fp8_gemm(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    """One product; the sum is rounded to bfloat16 before scales, which have a row or column each, are applied."""
-    one = torch.ones((), device=a.device)
-    wide = out_dtype == torch.float32
+def _row_wise(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> Tensor:
+    """One product with a scale per row of ``a`` and of ``b``, (M, N) bfloat16."""
+    rows = a.shape[0]
+    # cuBLAS refuses some products of one row.
+    missing = max(FP8_MULTIPLE - rows, 0)
+    codes = torch.cat([a, a.new_zeros(missing, a.shape[1])]) if missing else a.contiguous()
+    scales = scale_a.expand(rows, 1)
     product = torch._scaled_mm(
-        a.contiguous(), b.contiguous().t(), scale_a=one, scale_b=one, out_dtype=torch.float32 if wide else out_dtype
+        codes,
+        b.contiguous().t(),
+        scale_a=torch.cat([scales, scales.new_ones(missing, 1)]) if missing else scales.contiguous(),
+        scale_b=scale_b.reshape(1, -1).contiguous(),
+        bias=bias,
+        out_dtype=torch.bfloat16,
     )
-    scaled = product.float() * (scale_a * scale_b)
-    return (scaled if bias is None else scaled + bias).to(out_dtype)
+    return product[:rows]

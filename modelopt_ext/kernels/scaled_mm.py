@@ -1,7 +1,7 @@
-"""``segquant::scaled_mm``: the product of two matrices of 8-bit codes, scaled on the way out.
+"""The product of two matrices of 8-bit codes, scaled on the way out: :func:`scaled_mm`.
 
-A ``torch.library`` operator: ``torch.compile``, ``torch.export`` and other back ends see one node with a schema. What
-is registered here is the reference: it runs on every device and defines the numbers. :mod:`.cuda` adds fast products.
+The operator ``segquant::scaled_mm`` is its reference: it runs on every device and defines the numbers, and
+``torch.compile`` and ``torch.export`` see one node with a schema. :mod:`.cuda` has fast products for GPUs.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import cuda
+
 # Sums of that many products of int8 codes stay below 2^24, where float32 counts in ones.
 EXACT_CHANNELS = 1024
 
 
-@torch.library.custom_op("segquant::scaled_mm", mutates_args=())
 def scaled_mm(
     a: Tensor,
     b: Tensor,
@@ -51,6 +52,31 @@ def scaled_mm(
         ValueError: operands that do not go together.
     """
     check(a, b, zero, sum_b, a2, scale_a2)
+    if a.is_cuda:
+        if a.dtype == torch.int8 and cuda.has_triton():
+            wanted = out_dtype or torch.float32
+            return torch.ops.segquant.int8_gemm(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, wanted)
+        if a.dtype == torch.float8_e4m3fn and cuda.fp8_fits(a.device.index or 0, b.shape[0], b.shape[1]):
+            second = None if a2 is None or scale_a2 is None else (a2, scale_a2, sign)
+            return cuda.fp8_gemm(a, b, scale_a, scale_b, bias, second, out_dtype or torch.float32)
+    return scaled_mm_reference(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, out_dtype)
+
+
+@torch.library.custom_op("segquant::scaled_mm", mutates_args=())
+def scaled_mm_reference(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    zero: int = 0,
+    sum_b: Tensor | None = None,
+    a2: Tensor | None = None,
+    scale_a2: Tensor | None = None,
+    sign: int = 1,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`reference` as an operator."""
     return reference(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, out_dtype)
 
 
@@ -98,7 +124,7 @@ def _integer_product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-@scaled_mm.register_fake
+@scaled_mm_reference.register_fake
 def _(
     a: Tensor,
     b: Tensor,
@@ -112,7 +138,6 @@ def _(
     sign: int = 1,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    check(a, b, zero, sum_b, a2, scale_a2)
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype or torch.float32)
 
 

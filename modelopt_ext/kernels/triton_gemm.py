@@ -9,10 +9,13 @@ Tiles are walked in groups of ``GROUP_M`` row tiles, so that the weight tiles of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 # Rows up to which the product is bound by reading the weight: the smallest tile that the matrix units take.
 FEW_ROWS = 16
@@ -155,11 +158,40 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
 
 def _tma_fits(*operands: Tensor) -> bool:
     """Tensor descriptors need 16-byte aligned rows, and a GPU that has them."""
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) == 1 for x in operands)
+    # Allocations are aligned; pointers are not looked at, so that this can be traced.
+    aligned = all(x.storage_offset() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) == 1 for x in operands)
     return aligned and torch.cuda.get_device_capability(operands[0].device) >= (9, 0)
 
 
+@torch.library.triton_op("segquant::int8_gemm", mutates_args={})
 def int8_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    zero: int,
+    sum_b: Tensor | None,
+    a2: Tensor | None,
+    scale_a2: Tensor | None,
+    sign: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """:func:`modelopt_ext.kernels.scaled_mm` of int8 codes on a GPU. ``torch.compile`` sees the kernel itself."""
+    a, b = _with_contiguous_rows(a), _with_contiguous_rows(b)
+    second = None if a2 is None or scale_a2 is None else (_with_contiguous_rows(a2), scale_a2, sign)
+    tma = _tma_fits(a, b) and (second is None or _tma_fits(second[0]))
+    if tma:
+        triton.set_allocator(_workspace)
+    return launch(wrap_triton(_gemm), a, b, scale_a, scale_b, bias, zero, sum_b, second, out_dtype, tma)
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def launch(
+    kernel: Any,
     a: Tensor,
     b: Tensor,
     scale_a: Tensor,
@@ -169,12 +201,13 @@ def int8_gemm(
     sum_b: Tensor | None,
     second: tuple[Tensor, Tensor, int] | None,
     out_dtype: torch.dtype,
-    tma: bool | None = None,
-    tiles: dict[str, int] | None = None,
+    tma: bool,
+    **tiles: int,
 ) -> Tensor:
-    """``(scale_a * ((a - zero) . b^T) + sign * scale_a2 * ((a2 - zero) . b^T)) * scale_b + bias``.
+    """Run ``kernel``: the tuned one, or with given ``tiles`` (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M) the bare one.
 
     Args:
+        kernel: ``_gemm`` or ``_gemm.fn``.
         a: (M, K) int8, rows contiguous.
         b: (N, K) int8, rows contiguous.
         scale_a: float32 (1, 1) or (M, 1).
@@ -184,27 +217,19 @@ def int8_gemm(
         sum_b: int32 (N,), the sums of b's rows; needed with ``zero``.
         second: (a2, scale_a2, sign), a second operand that shares b; sign is 1 or -1.
         out_dtype: of the result.
-        tma: whether to load through tensor descriptors; None decides by the hardware and the operands.
-        tiles: BLOCK_M, BLOCK_N, BLOCK_K and GROUP_M; None takes the fastest of a list, measured once for each size.
+        tma: whether to load through tensor descriptors.
+        tiles: sizes of the tiles.
 
     Returns:
         (M, N) in ``out_dtype``.
     """
-    a = a if a.stride(1) == 1 else a.contiguous()
-    b = b if b.stride(1) == 1 else b.contiguous()
     a2, scale_a2, sign = second if second is not None else (a, scale_a, 1)
-    a2 = a2 if a2.stride(1) == 1 else a2.contiguous()
     (rows, channels), columns = a.shape, b.shape[0]
     out = torch.empty(rows, columns, dtype=out_dtype, device=a.device)
-    if tma is None:
-        tma = _tma_fits(a, a2, b)
-    if tma:
-        triton.set_allocator(_workspace)
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
 
-    kernel = _gemm if tiles is None else _gemm.fn
     kernel[grid](
         a,
         a2,
@@ -229,6 +254,6 @@ def int8_gemm(
         HAS_BIAS=bias is not None,
         DUAL=second is not None,
         TMA=tma,
-        **(tiles or {}),
+        **tiles,
     )
     return out
