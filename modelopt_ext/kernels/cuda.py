@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +79,12 @@ def _row_wise(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tens
     rows = a.shape[0]
     # cuBLAS refuses some products of one row.
     missing = max(FP8_MULTIPLE - rows, 0)
-    codes = torch.cat([a, a.new_zeros(missing, a.shape[1])]) if missing else a.contiguous()
+    codes = pad(a.view(torch.int8), (0, 0, 0, missing)).view(a.dtype) if missing else a.contiguous()
     scales = scale_a.expand(rows, 1)
     product = torch._scaled_mm(
         codes,
         b.contiguous().t(),
-        scale_a=torch.cat([scales, scales.new_ones(missing, 1)]) if missing else scales.contiguous(),
+        scale_a=pad(scales, (0, 0, 0, missing)).contiguous(),
         scale_b=scale_b.reshape(1, -1).contiguous(),
         bias=bias,
         out_dtype=torch.bfloat16,
