@@ -229,7 +229,6 @@ MEMORY = """
     import optimum_segquant, modelopt_ext
     import modelopt_ext.calibrate.without_data
     from optimum_segquant import SegQuantConfig
-    from optimum_segquant.checkpoints import tensors
     from diffusers import SD3Transformer2DModel
 
     def anonymous():  # MiB that are not mapped files
@@ -381,6 +380,18 @@ def test_plans_on_the_meta_device(name, preset, bound, tmp_path):
     assert packed_names(loaded) == set(plan.linears)
     for key in packed_names(loaded):
         assert loaded.get_submodule(key).spec.layout.in_segments == plan.linears[key].in_segments
+
+
+def test_one_request_for_several_models(plain_directory, tmp_path):
+    request = SegQuantConfig("SEGQUANT_W8A16_CFG")
+    plain_text_encoder().save_pretrained(tmp_path)
+    denoiser = SD3Transformer2DModel.from_pretrained(plain_directory, quantization_config=request)
+    encoder = CLIPTextModelWithProjection.from_pretrained(tmp_path, quantization_config=request)
+    for model in (denoiser, encoder):
+        described = model.config.quantization_config.checkpoint
+        assert described.architecture == type(model).__name__
+        assert set(described.layers) == packed_names(model)
+    assert request == SegQuantConfig("SEGQUANT_W8A16_CFG")
 
 
 def test_what_is_made_at_load_is_saved(plain_directory, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ class SegQuantDiffusersQuantizer(PackedLoading, DiffusersQuantizer):
     """See :class:`diffusers.DiffusersQuantizer` for when each method is called."""
 
     def __init__(self, quantization_config: SegQuantConfig, **kwargs: Any) -> None:
-        DiffusersQuantizer.__init__(self, quantization_config, **kwargs)
+        # A copy: the caller's object may serve several models.
+        DiffusersQuantizer.__init__(self, copy.copy(quantization_config), **kwargs)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """A checkpoint is loaded in the dtype it was saved in, unless another is asked for."""
@@ -74,6 +76,9 @@ class SegQuantDiffusersQuantizer(PackedLoading, DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._finish(model)
         return model
+
+    def _set_config(self, model: Any, config: SegQuantConfig) -> None:
+        model.register_to_config(quantization_config=config)
 
     def _dequantize(self, model: Any) -> nn.Module:
         self._plain(model)

@@ -5,6 +5,7 @@ Written for the interfaces of transformers 4.57 and 5; methods that one of them 
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -23,7 +24,8 @@ class SegQuantHfQuantizer(PackedLoading, HfQuantizer):
     requires_parameters_quantization = True
 
     def __init__(self, quantization_config: SegQuantConfig, **kwargs: Any) -> None:
-        HfQuantizer.__init__(self, quantization_config, **kwargs)
+        # A copy: the caller's object may serve several models.
+        HfQuantizer.__init__(self, copy.copy(quantization_config), **kwargs)
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
         """A checkpoint is loaded in the dtype it was saved in, unless another is asked for."""
@@ -88,6 +90,9 @@ class SegQuantHfQuantizer(PackedLoading, HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._finish(model)
         return model
+
+    def _set_config(self, model: Any, config: SegQuantConfig) -> None:
+        model.config.quantization_config = config
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return self._plain(model, dtype)
