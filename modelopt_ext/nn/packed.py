@@ -168,14 +168,15 @@ class PackedLinear(nn.Linear):
         branch = dtype if dtype.itemsize == 2 else torch.float16
         self.spec = spec
         self.in_features, self.out_features = layout.in_features, layout.out_features
-        shape = (self.out_features, -(-self.in_features // 2) if spec.weights == "int4" else self.in_features)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=device), requires_grad=False)
         self.register_parameter(
             "bias",
             nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device), requires_grad=False)
             if bias
             else None,
         )
+        # After the bias: models cast tensors to the dtype of a module's first parameter.
+        shape = (self.out_features, -(-self.in_features // 2) if spec.weights == "int4" else self.in_features)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=device), requires_grad=False)
         groups, segments = len(layout.out_groups), len(layout.in_segments)
         static = spec.activations is not None and not spec.per_token
         shapes: dict[str, tuple[int, ...] | None] = {
