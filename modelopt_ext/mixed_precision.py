@@ -28,17 +28,17 @@ import glob
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from modelopt.torch.opt.searcher import LPS
 from torch import nn
 
 from .config import LAYER_FIELDS
+from .integer_program import SLACK, smallest, solve
 from .mode import plan_of
 from .nn import SegLinear
 from .nn.layout import SPLIT_BY_SIGN
@@ -47,7 +47,6 @@ from .presets import PER_TOKEN
 from .sensitivity import (
     ForwardLoop,
     LayerSensitivity,
-    SensitivityTable,
     decibels,
     measure,
     quantized_copy,
@@ -344,26 +343,10 @@ class CandidateScores:
             used["time"] = [[sum(layer.time(c, costs) for layer in group) for c in chosen] for group in groups]
             limits["time"] = time * unit
 
-        def say(budget: str, value: float) -> str:
-            return f"{budget}={(value + fixed) / elements if budget == 'bits' else value / unit:.4g}"
-
-        for budget, limit in limits.items():
-            least = math.fsum(min(row) for row in used[budget])
-            if least > limit * (1 + _SLACK):
-                raise ValueError(
-                    f"no mix of {', '.join(c.name for c in chosen)} meets {say(budget, limit)}: "
-                    f"the smallest possible is {say(budget, least)}"
-                )
-        picks = _solve(noise, used, limits)
+        picks = solve(noise, used, limits)
         if picks is None:
-            message = " and ".join(say(budget, limit) for budget, limit in limits.items())
-            cheapest = _solve(used["time"], {"bits": used["bits"]}, {"bits": limits["bits"]}) if bits and time else None
-            if cheapest is None:
-                raise ValueError(f"no mix meets {message}, which is too close to the smallest possible")
-            least = math.fsum(row[pick] for row, pick in zip(used["time"], cheapest, strict=True))
-            raise ValueError(
-                f"no mix meets {message} together: within these bits the smallest possible is {say('time', least)}"
-            )
+            units = {"bits": lambda value: (value + fixed) / elements, "time": lambda value: value / unit}
+            raise ValueError(_why_impossible([c.name for c in chosen], used, limits, units))
         choices = {layer.name: chosen[pick].name for group, pick in zip(groups, picks, strict=True) for layer in group}
         return Allocation(self, {layer.name: choices[layer.name] for layer in self.layers}, costs)
 
@@ -379,6 +362,30 @@ class CandidateScores:
         for layer in self.layers:
             groups.setdefault(leader[layer.name], []).append(layer)
         return list(groups.values())
+
+
+def _why_impossible(
+    names: Sequence[str],
+    used: Mapping[str, Sequence[Sequence[float]]],
+    limits: Mapping[str, float],
+    units: Mapping[str, Callable[[float], float]],
+) -> str:
+    """Which budget no mix meets, and the smallest that one does; ``units`` has them as the caller gave them."""
+
+    def say(budget: str, value: float) -> str:
+        return f"{budget}={units[budget](value):.4g}"
+
+    for budget, limit in limits.items():
+        least = smallest(used[budget])
+        if least > limit * (1 + SLACK):
+            possible = f"the smallest possible is {say(budget, least)}"
+            return f"no mix of {', '.join(names)} meets {say(budget, limit)}: {possible}"
+    message = "no mix meets " + " and ".join(say(budget, limit) for budget, limit in limits.items())
+    cheapest = solve(used["time"], {"bits": used["bits"]}, {"bits": limits["bits"]}) if len(limits) > 1 else None
+    if cheapest is None:
+        return f"{message}, which is too close to the smallest possible"
+    least = math.fsum(row[pick] for row, pick in zip(used["time"], cheapest, strict=True))
+    return f"{message} together: within these bits the smallest possible is {say('time', least)}"
 
 
 @dataclass(frozen=True)
@@ -534,36 +541,24 @@ def score_candidates(
         raise ValueError(
             "mixed precision is chosen by measuring: pass forward_loop, which calls the model on real data"
         )
-    names = [candidate.name for candidate in candidates]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"candidates need names of their own, and there must be at least one, got {names}")
-    if scores not in ("measured", "local"):
-        raise ValueError(f"scores is 'measured' or 'local', got {scores!r}")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     algorithm = dict(algorithm or {})
     exclude = [*exclude, *algorithm.pop("exclude", ())]
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ValueError(
-                f"exclude pattern {pattern!r} matches no Linear; names are like {', '.join([*linears][:3])}"
-            )
-    for policy in ("embedders", "last_layers"):
-        if algorithm.get(policy, "as_configured") != "as_configured":
-            raise ValueError(f"{policy} get candidates like any other layer; leave {policy}='as_configured'")
+    _check_candidates(candidates)
+    _check_algorithm(algorithm, exclude, linears)
+    if scores not in ("measured", "local"):
+        raise ValueError(f"scores is 'measured' or 'local', got {scores!r}")
     excluded = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in exclude)]
 
     quantizing = [candidate for candidate in candidates if not candidate.is_full_precision]
-    if not quantizing:
-        raise ValueError("all candidates are full precision: add one that quantizes")
-    reference = min(quantizing, key=lambda c: (c.weight_bits + c.activation_bits, names.index(c.name)))
-    tables: dict[str, SensitivityTable] = {}
-    found: dict[str, tuple[dict[str, float], dict[str, int]]] = {}
+    reference = min(quantizing, key=lambda c: c.weight_bits + c.activation_bits)  # of equal ones the first
+    measured: dict[str, _Measured] = {}
     shared: tuple[tuple[str, ...], ...] = ()
     for candidate in quantizing:
         config = _uniform_config(candidate, algorithm, excluded)
         try:
             quantized = quantized_copy(model, config, forward_loop)
-            tables[candidate.name] = measure(
+            table = measure(
                 model,
                 quantized,
                 score_loop or forward_loop,
@@ -574,35 +569,66 @@ def score_candidates(
             raise ValueError(f"candidate {candidate.name!r}: {error}") from error
         plan = plan_of(quantized)
         shared = plan.shared_inputs if plan is not None else shared
-        found[candidate.name] = _extras(quantized)
+        measured[candidate.name] = _Measured({row.name: row for row in table.layers if row.rows}, *_extras(quantized))
         logger.info("mixed precision: measured candidate %s", candidate.name)
         del quantized
 
-    rows = {name: {row.name: row for row in table.layers if row.rows} for name, table in tables.items()}
-    reached = set.intersection(*(set(by_layer) for by_layer in rows.values()))
+    reached = set.intersection(*(set(candidate.rows) for candidate in measured.values()))
     unreached = [name for name in linears if name not in reached and name not in excluded]
     if unreached:
         logger.warning("mixed precision: the data never reached %s; they stay in full precision", fold_names(unreached))
-    layers = []
-    for name in (name for name in linears if name in reached):
-        row = rows[reference.name][name]
-        noise = {candidate.name: 0.0 for candidate in candidates if candidate.is_full_precision}
-        for candidate in quantizing:
-            noise[candidate.name] = _noise(rows[candidate.name][name], row)
-        layers.append(
-            LayerScores(
-                name,
-                linears[name].in_features,
-                linears[name].out_features,
-                rows=row.rows,
-                calls=row.calls,
-                noise=noise,
-                split={candidate: splits[name] for candidate, (splits, _) in found.items() if name in splits},
-                branch={candidate: factors[name] for candidate, (_, factors) in found.items() if name in factors},
-            )
-        )
+    exact = dict.fromkeys((c.name for c in candidates if c.is_full_precision), 0.0)
+    layers = [
+        _layer_scores(name, linear, measured, reference.name, exact)
+        for name, linear in linears.items()
+        if name in reached
+    ]
     kept = {name: module.weight.numel() for name, module in linears.items() if name not in reached}
     return CandidateScores(tuple(candidates), tuple(layers), algorithm, shared, kept)
+
+
+def _check_candidates(candidates: Sequence[Candidate]) -> None:
+    names = [candidate.name for candidate in candidates]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"candidates need names of their own, and there must be at least one, got {names}")
+    if all(candidate.is_full_precision for candidate in candidates):
+        raise ValueError("all candidates are full precision: add one that quantizes")
+
+
+def _check_algorithm(algorithm: Mapping[str, Any], exclude: Sequence[str], linears: Iterable[str]) -> None:
+    names = list(linears)
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"exclude pattern {pattern!r} matches no Linear; names are like {', '.join(names[:3])}")
+    for policy in ("embedders", "last_layers"):
+        if algorithm.get(policy, "as_configured") != "as_configured":
+            raise ValueError(f"{policy} get candidates like any other layer; leave {policy}='as_configured'")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one candidate does to the layers that were called, by name; see :func:`_extras` for the last two."""
+
+    rows: Mapping[str, LayerSensitivity]
+    splits: Mapping[str, float]
+    branches: Mapping[str, int]
+
+
+def _layer_scores(
+    name: str, linear: nn.Linear, measured: Mapping[str, _Measured], reference: str, exact: Mapping[str, float]
+) -> LayerScores:
+    """The scores of one layer; ``exact`` has the noise of the candidates that round nothing."""
+    row = measured[reference].rows[name]
+    return LayerScores(
+        name,
+        linear.in_features,
+        linear.out_features,
+        rows=row.rows,
+        calls=row.calls,
+        noise={**exact, **{candidate: _noise(found.rows[name], row) for candidate, found in measured.items()}},
+        split={candidate: found.splits[name] for candidate, found in measured.items() if name in found.splits},
+        branch={candidate: found.branches[name] for candidate, found in measured.items() if name in found.branches},
+    )
 
 
 def allocate(
@@ -672,67 +698,3 @@ def _noise(row: LayerSensitivity, reference: LayerSensitivity) -> float:
             raise ValueError(f"{row.name} has no noise in the reference candidate to scale; use scores='measured'")
         return 0.0
     return reference.noise * row.local_noise / reference.local_noise
-
-
-# Relative rounding error of a sum of costs, and by how much the solver may take a budget for met that is not.
-_SLACK = 1e-9
-_SOLVER_TOLERANCE = 1e-6
-
-
-def _solve(
-    objective: Sequence[Sequence[float]], used: Mapping[str, Sequence[Sequence[float]]], limits: Mapping[str, float]
-) -> list[int] | None:
-    """The choice a group that minimizes the sum of ``objective`` within all ``limits``; None if there is none.
-
-    The solver's tolerances are absolute, noises span many orders of magnitude: once a solution is known, choices that
-    alone cost more than all of it are left out, and the rest is solved again in units of a thousandth of it.
-    """
-    allowed = [list(range(len(row))) for row in objective]
-    limits = dict(limits)
-    unit = max((value for row in objective for value in row), default=0.0)
-    best: list[int] | None = None
-    least = math.inf
-    while True:
-        picks = _solve_scaled(objective, used, limits, allowed, unit)
-        if picks is None:
-            return best
-        over = [
-            name
-            for name, limit in limits.items()
-            if math.fsum(used[name][i][pick] for i, pick in enumerate(picks)) > limit * (1 + _SLACK)
-        ]
-        if over:
-            limits = {n: limit * (1 - _SOLVER_TOLERANCE) if n in over else limit for n, limit in limits.items()}
-            continue
-        value = math.fsum(objective[i][pick] for i, pick in enumerate(picks))
-        if not value < least * (1 - _SLACK):
-            return best
-        best, least, unit = picks, value, value / 1000
-        if value == 0:
-            return best
-        allowed = [
-            [choice for choice in choices if objective[i][choice] <= value * (1 + _SLACK)]
-            for i, choices in enumerate(allowed)
-        ]
-
-
-def _solve_scaled(
-    objective: Sequence[Sequence[float]],
-    used: Mapping[str, Sequence[Sequence[float]]],
-    limits: Mapping[str, float],
-    allowed: Sequence[Sequence[int]],
-    unit: float,
-) -> list[int] | None:
-    def pick(rows: Sequence[Sequence[float]], one: float) -> list[list[float]]:
-        return [[row[choice] / (one or 1.0) for choice in choices] for row, choices in zip(rows, allowed, strict=True)]
-
-    solver = LPS(
-        "mixed_precision",
-        constraints=dict.fromkeys(limits, (None, 1.0)),
-        constraints_to_candidate_costs={name: pick(used[name], limit) for name, limit in limits.items()},
-        candidate_scores=pick(objective, unit),
-    )
-    chosen, status = solver()
-    if status != "Optimal":
-        return None
-    return [choices[int(index)] for choices, index in zip(allowed, chosen, strict=True)]

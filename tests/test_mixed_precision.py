@@ -140,6 +140,8 @@ def test_impossible_budgets_say_what_is_possible():
     least = min(scores.uniform("a").bits, scores.uniform("b").bits)
     with pytest.raises(ValueError, match=rf"no mix of a, b, c meets bits=2: the smallest possible is bits={least:.4g}"):
         scores.allocate(bits=2)
+    with pytest.raises(ValueError, match=r"meets bits=-1: the smallest possible"):
+        scores.allocate(bits=-1)
     with pytest.raises(ValueError, match=r"meets time=0.01: the smallest possible is time=1$"):
         scores.allocate(time=0.01)
     # Fewest bits take candidate a everywhere, whose time is 1 by definition.
