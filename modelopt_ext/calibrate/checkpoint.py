@@ -73,6 +73,8 @@ class StageCheckpoints:
             found = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is no JSON ({error}); delete {folder}, or give another checkpoint_dir") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is no manifest of stages; delete {folder}, or give another checkpoint_dir")
         different = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
         if different:
             raise ValueError(
