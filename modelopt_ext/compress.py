@@ -11,6 +11,7 @@ from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, Ten
 from torch import Tensor, nn
 
 from .formats import QuantFormat, step_size, to_codes
+from .mode import plan_of
 from .nn import InputBank, SegLayout, SegLinear, WeightBank, input_block, weight_block
 from .nn.layout import SPLIT_BY_SIGN
 from .nn.packed import FORMATS, CodeType, PackedLinear, PackedSpec
@@ -39,17 +40,22 @@ def compress(model: nn.Module) -> nn.Module:
         ValueError: something in the model can't be packed: it is named, with what to do, and nothing was changed.
     """
     linears = _linears(model)
-    problems = [f"{name}: {problem}" for name, module in linears.items() if (problem := _problem(module))]
+    plan = plan_of(model)
+    # Quantizers do nothing where a weight is read without calling its Linear; such a Linear is plain again.
+    outside = plan.read_outside if plan is not None else frozenset()
+    packable = {name: module for name, module in linears.items() if name not in outside}
+    problems = [f"{name}: {problem}" for name, module in packable.items() if (problem := _problem(module))]
     problems += _others(model, set(linears))
-    if not any(_is_rounded(module) for module in linears.values()):
+    if not any(_is_rounded(module) for module in packable.values()):
         problems.append("no Linear is quantized and calibrated; call mtq.quantize with a forward_loop first")
     if problems:
         more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError("compress can't pack this model:\n  " + "\n  ".join(problems[:_LISTED]) + more)
+    wanted = {id(module) for module in packable.values() if _is_rounded(module)}
     packed: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, QuantModule) and isinstance(child, nn.Linear) and _is_rounded(child):
+            if id(child) in wanted:
                 if id(child) not in packed:
                     packed[id(child)] = pack(child)
                 setattr(parent, name, packed[id(child)])

@@ -44,6 +44,10 @@ _FORMAT = "segquant-plan"
 _FORMAT_VERSION = 1
 
 
+READ_OUTSIDE = "its weight is also read outside its forward, where no segments apply"
+"""Note on a Linear that something else multiplies with, such as ``functional.multi_head_attention_forward``."""
+
+
 @dataclass(frozen=True)
 class LinearPlan:
     """The cuts of one Linear.
@@ -179,6 +183,11 @@ class SegmentPlan:
             for name in group:
                 if name not in self.linears:
                     raise ValueError(f"shared_inputs: {name!r} is not in linears: name only planned Linears")
+
+    @property
+    def read_outside(self) -> frozenset[str]:
+        """Names of Linears whose weight is read outside their forward, so that codes can't take its place."""
+        return frozenset(name for name, note in self.notes.items() if READ_OUTSIDE in note)
 
     @property
     def segmented(self) -> dict[str, LinearPlan]:

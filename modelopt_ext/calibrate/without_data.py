@@ -181,7 +181,11 @@ class WithoutData:
             )
         for layer in layers.values():
             _check_layer(layer, self._config.for_layer(layer.name))
-        return {name: layer for name, layer in layers.items() if layer.weight_format is not None}
+        return {
+            name: layer
+            for name, layer in layers.items()
+            if layer.weight_format is not None and name not in self.plan.read_outside
+        }
 
     @property
     def names(self) -> frozenset[str]:

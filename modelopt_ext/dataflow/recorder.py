@@ -30,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from modelopt_ext.dataflow import axes, channels
 from modelopt_ext.dataflow.axes import Axis
 from modelopt_ext.dataflow.tracker import ChannelTracker
-from modelopt_ext.plan import LinearPlan, SegmentPlan, fold_names
+from modelopt_ext.plan import READ_OUTSIDE, LinearPlan, SegmentPlan, fold_names
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ class DataflowRecorder:
             if name in calls
         }
         for name in self._weights_read_outside:
-            notes[name].append("its weight is also read outside its forward, where no segments apply")
+            notes[name].append(READ_OUTSIDE)
         shared: dict[tuple[int, ...], list[str]] = defaultdict(list)
         for name in linears:
             shared[tuple(call.token for call in calls[name])].append(name)
