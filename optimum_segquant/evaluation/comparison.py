@@ -86,9 +86,7 @@ def compare(
             "prompts and reference belong together: generate the reference with the same prompts and seeds"
         )
     if reference is not None and len(reference) != len(prompts):
-        raise ValueError(
-            f"{len(prompts)} prompts but {len(reference)} reference images: generate one image a prompt"
-        )
+        raise ValueError(f"{len(prompts)} prompts but {len(reference)} reference images: generate one image a prompt")
     denoiser = copy.deepcopy(denoiser_of(pipeline))
     start = time.perf_counter()
     with PeakMemory(execution_device(denoiser)) as memory:
