@@ -544,6 +544,19 @@ def test_convolutions_that_were_never_called(caplog: pytest.LogCaptureFixture):
     assert model.conv1d.weight_quantizer.is_enabled
 
 
+def test_two_weight_quantizers_of_a_layer_that_was_never_called():
+    """A sequence of quantizers, as W4A8 formats have: all of them stay off."""
+    twice = [{"num_bits": 4, "axis": 0}, {"num_bits": 8, "axis": 0}]
+    config = changed(ALL_KINDS, {"quantizer_name": "conv1d.weight_quantizer", "cfg": twice})
+    model = Mixed()
+    model.skip = ("conv1d",)
+    mtq.quantize(model, config, mixed_loop)
+    assert len(model.conv1d.weight_quantizer) == 2
+    assert not model.conv1d.input_quantizer.is_enabled
+    assert not any(quantizer.is_enabled for quantizer in model.conv1d.weight_quantizer)
+    assert model.conv3d.weight_quantizer.is_enabled
+
+
 @pytest.mark.parametrize(("name", "named"), [("conv", "the inputs of conv"), ("conv1d", "what conv1d.input_quantizer")])
 def test_inputs_that_are_not_finite(name: str, named: str):
     model = Mixed()

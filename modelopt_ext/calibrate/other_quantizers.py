@@ -101,9 +101,12 @@ def disable_uncalibrated(quantizers: Mapping[str, TensorQuantizer]) -> None:
         return
     for name in unseen:
         quantizers[name].disable()
-        layer, _, kind = name.rpartition(".")
-        if kind == "input_quantizer" and f"{layer}.weight_quantizer" in quantizers:
-            quantizers[f"{layer}.weight_quantizer"].disable()
+        layer, is_input, _ = name.rpartition("input_quantizer")
+        if not is_input:
+            continue
+        for other, quantizer in quantizers.items():  # the weight may have several, one after the other
+            if f"{other}.".startswith(f"{layer}weight_quantizer."):
+                quantizer.disable()
     logger.warning(
         "segquant: the calibration data never reached %s; left in full precision. Calibrate with inputs that use them",
         fold_names(unseen),
