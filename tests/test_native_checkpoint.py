@@ -13,7 +13,7 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from denoisers import build
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, HunyuanDiT2DModel, SD3Transformer2DModel
 from modelopt.torch.export import export_hf_checkpoint
 from safetensors.torch import load_file
 from test_quantize import loop_over, outputs, sqnr
@@ -319,6 +319,26 @@ def test_flux(tmp_path: Path) -> None:
     with torch.no_grad():
         simulated, read_back = model(**inputs)[0], loaded(**inputs)[0]
     assert sqnr(simulated, read_back) > sqnr(exact, simulated) + 10
+
+
+def test_weights_that_are_read_without_their_linear_stay_plain(tmp_path: Path) -> None:
+    """HunyuanDiT pools its text by a function of torch that takes the weights of four Linears."""
+    model, inputs = build("HunyuanDiT2DModel")
+
+    def forward_loop(model: nn.Module) -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    mtq.quantize(model, native_config("int8_per_token", every_linear=True), forward_loop)
+    export_native(model, tmp_path / "out")
+    config, tensors = read(tmp_path / "out")
+    plain = [f"time_extra_emb.pooler.{name}" for name in ("k_proj", "q_proj", "v_proj", "c_proj")]
+    assert set(plain) < set(config["quantization_config"]["ignored_layers"])
+    for name in plain:
+        assert torch.equal(tensors[f"{name}.weight"], model.get_submodule(name).weight)
+    loaded = load_like_an_engine(tmp_path / "out", HunyuanDiT2DModel)
+    with torch.no_grad():
+        assert sqnr(model(**inputs)[0], loaded(**inputs)[0]) > 30
 
 
 def test_pipeline(tmp_path: Path) -> None:

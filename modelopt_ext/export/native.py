@@ -33,6 +33,7 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 
 from ..compress import pack
+from ..mode import plan_of
 from ..nn.packed import PackedLinear
 from ..presets import PER_TOKEN, linear_only
 
@@ -146,7 +147,8 @@ def native_layers(model: nn.Module) -> tuple[NativeFormat, dict[str, PackedLinea
             of a model that is not compressed are computed, one byte a weight, where the weights are.
 
     Returns:
-        The format that all of them share, and the layers.
+        The format that all of them share, and the layers. Linears whose weight is read without calling them are not
+        among them: their quantizers do nothing, they are written as plain ones.
 
     Raises:
         NotRepresentableError: names every layer that stock keys can't say.
@@ -155,7 +157,11 @@ def native_layers(model: nn.Module) -> tuple[NativeFormat, dict[str, PackedLinea
     layers: dict[str, PackedLinear] = {}
     problems: dict[str, str] = {}
     done: dict[nn.Module, PackedLinear] = {}
+    plan = plan_of(model)
+    outside = plan.read_outside if plan is not None else frozenset()
     for name, module in model.named_modules(remove_duplicate=False):
+        if name in outside:
+            continue
         if isinstance(module, PackedLinear):
             layers[name] = module
         elif isinstance(module, QuantModule) and isinstance(module, nn.Linear) and _is_quantized(module):

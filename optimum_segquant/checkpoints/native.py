@@ -14,7 +14,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class _Prepared:
                 "them (delete_adapters) and load them on top in the engine"
             )
         self.format, self.layers = native_layers(model)
-        self.config = quantization_config(self.format, self.layers, _plain_layers(model))
+        self.config = quantization_config(self.format, self.layers, _plain_layers(model, self.layers))
         _check_names(model, self.state_dict())
         _warn_of_engines(model, self.layers)
 
@@ -141,14 +141,10 @@ def _is_quantized(model: nn.Module) -> bool:
     )
 
 
-def _plain_layers(model: nn.Module) -> list[str]:
+def _plain_layers(model: nn.Module, quantized: Container[str]) -> list[str]:
     """Linears and convolutions that stay in full precision."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) and not isinstance(module, PackedLinear) and not _is_quantized(module)
-    ]
+    return [name for name, module in model.named_modules() if isinstance(module, kinds) and name not in quantized]
 
 
 def _check_names(model: ModelMixin, tensors: Mapping[str, Tensor]) -> None:
