@@ -382,6 +382,16 @@ def test_plans_on_the_meta_device(name, preset, bound, tmp_path):
         assert loaded.get_submodule(key).spec.layout.in_segments == plan.linears[key].in_segments
 
 
+def test_single_files(plain_directory):
+    request = SegQuantConfig("SEGQUANT_W8A16_CFG")
+    file = plain_directory / "diffusion_pytorch_model.safetensors"
+    loaded = SD3Transformer2DModel.from_single_file(
+        str(file), config=str(plain_directory), quantization_config=request, local_files_only=True
+    )
+    expected = SD3Transformer2DModel.from_pretrained(plain_directory, quantization_config=request)
+    assert same_tensors(loaded, expected)
+
+
 def test_one_request_for_several_models(plain_directory, tmp_path):
     request = SegQuantConfig("SEGQUANT_W8A16_CFG")
     plain_text_encoder().save_pretrained(tmp_path)

@@ -26,6 +26,8 @@ class SegQuantHfQuantizer(PackedLoading, HfQuantizer):
     def __init__(self, quantization_config: SegQuantConfig, **kwargs: Any) -> None:
         # A copy: the caller's object may serve several models.
         HfQuantizer.__init__(self, copy.copy(quantization_config), **kwargs)
+        # Whether the files hold codes, the config knows best (diffusers says yes of every single file).
+        self.pre_quantized = self.pre_quantized and quantization_config.checkpoint is not None
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
         """A checkpoint is loaded in the dtype it was saved in, unless another is asked for."""
