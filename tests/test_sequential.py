@@ -402,6 +402,25 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, layer: int) -> list[str]:
     return solved
 
 
+def test_an_error_while_layers_are_changed_takes_the_changes_back(chain: Chain, monkeypatch: pytest.MonkeyPatch):
+    untouched = copy.deepcopy(chain.state_dict())
+    changed_layers: list[str] = []
+    original = driver.fill
+
+    def fill(*arguments: Any) -> None:
+        if len(changed_layers) == 2:
+            raise StoppedError
+        changed_layers.append("one")
+        original(*arguments)
+
+    monkeypatch.setattr(driver, "fill", fill)
+    with pytest.raises(StoppedError):
+        mtq.quantize(chain, changed(W4A4, gptq=True), run_chain)
+    assert len(changed_layers) == 2
+    assert all(torch.equal(chain.state_dict()[name], value) for name, value in untouched.items())
+    assert not any(isinstance(module, modelopt_ext.SegLinear) for module in chain.modules())
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_an_error_leaves_the_model_as_it_was(offload: bool, monkeypatch: pytest.MonkeyPatch):
     config = quiet(modelopt_ext.SEGQUANT_CFG, **FIXED, samples=128, **SEQUENTIAL)
@@ -498,6 +517,9 @@ def test_a_checkpoint_of_something_else_is_refused(chain: Chain, tmp_path: Path)
         "different: config": lambda: mtq.quantize(copy.deepcopy(chain), checkpointed(tmp_path, alpha=0.4), run_chain),
         "different: data": lambda: mtq.quantize(
             copy.deepcopy(chain), checkpointed(tmp_path), lambda model: [model(x) for x in chain_data(1, calls=5)]
+        ),
+        "different: ranges": lambda: mtq.quantize(
+            copy.deepcopy(chain), checkpointed(tmp_path), lambda model: [model(x) for x in chain_data(2)]
         ),
         "different: model": lambda: mtq.quantize(copy.deepcopy(chain).bfloat16(), checkpointed(tmp_path), half),
     }

@@ -28,6 +28,8 @@ from .search import LinearSolution
 logger = logging.getLogger(__name__)
 
 VERSION = 2
+# How far the same data's largest values may lie apart: kernels of GPUs do not always add in the same order.
+TOLERANCE = 0.02
 MANIFEST = "manifest.json"
 _TENSORS = ("smoothing", "shift", "down", "up", "correction", "weight")
 _SCALES = ("input_amax", "weight_amax")
@@ -53,7 +55,8 @@ class StageCheckpoints:
 
     Args:
         folder: made if it does not exist.
-        manifest: plain types that say what is calibrated, with what settings and data.
+        manifest: plain types that say what is calibrated, with what settings and data; ``"ranges"``, a pair of numbers
+            by layer, has to agree within :data:`TOLERANCE`, everything else exactly.
 
     Raises:
         ValueError: the folder holds another calibration's stages.
@@ -75,7 +78,7 @@ class StageCheckpoints:
             raise ValueError(f"{path} is no JSON ({error}); delete {folder}, or give another checkpoint_dir") from error
         if not isinstance(found, dict):
             raise ValueError(f"{path} is no manifest of stages; delete {folder}, or give another checkpoint_dir")
-        different = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
+        different = sorted(key for key in {*wanted, *found} if not _agree(key, wanted.get(key), found.get(key)))
         if different:
             raise ValueError(
                 f"{folder} holds the stages of another calibration (different: {', '.join(different)}). To go on with "
@@ -165,6 +168,13 @@ def _solution(layer: str, data: Mapping[str, Any], tensors: Mapping[str, Tensor]
         sqnr=data["sqnr"],
         **fields,
     )
+
+
+def _agree(key: str, wanted: Any, found: Any) -> bool:
+    if key != "ranges" or not (isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() == found.keys()):
+        return bool(wanted == found)
+    pairs = [(a, b) for layer in wanted for a, b in zip(wanted[layer], found[layer], strict=True)]
+    return all(abs(a - b) <= TOLERANCE * max(abs(a), abs(b)) for a, b in pairs)
 
 
 def _replace(path: Path, data: bytes) -> None:

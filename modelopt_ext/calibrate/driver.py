@@ -312,6 +312,11 @@ class _Solver:
             "plan": fingerprint(self._plan.to_dict()),
             "seed": self.config.seed,
             "data": fingerprint({name: (seen.calls, seen.rows_seen) for name, seen in statistics.items()}),
+            "ranges": {
+                name: [float(seen.rows.min()), float(seen.rows.max())]
+                for name, seen in statistics.items()
+                if seen.rows is not None
+            },
             "stages": [stage.name for stage in stages],
         }
 

@@ -112,15 +112,20 @@ def solve_stages(
                     statistics.pop(name, None)
                 solutions |= found
                 if calls is not None:
-                    for name, solution in found.items():
-                        undo.remember(solver.modules[name], solver.changes_weight(name, solution))
-                    solver.apply(found)
+                    _apply(solver, found, undo)
             if calls is None:
-                solver.apply(solutions)
+                _apply(solver, solutions, undo)
         except BaseException:
             undo.undo()
             raise
     return solutions
+
+
+def _apply(solver: Solver, solutions: Mapping[str, LinearSolution], undo: Undo) -> None:
+    """Change layers one by one: applying frees a solution's weight, so that old and new never lie there twice."""
+    for name, solution in solutions.items():
+        undo.remember(solver.modules[name], solver.changes_weight(name, solution))
+        solver.apply({name: solution})
 
 
 def _observe_again(
