@@ -5,8 +5,8 @@
 
 For every pipeline and preset: size of the denoiser's file, time of one call, and three kinds of parity. *Codes* counts
 the activation codes that differ when every layer reads the same input. *Velocity SQNR* is measured against full
-precision with simulated quantization in PyTorch and in ONNX Runtime. *Difference* is what ONNX Runtime's output differs from
-simulated quantization, as a share of the output, beside what simulated quantization in float64 differs: rounding flips
+precision with simulated quantization in PyTorch and in ONNX Runtime. *Difference* is what ONNX Runtime's output differs
+from simulated quantization, as a share of the output, beside what that in float64 differs: rounding flips
 codes that lie on a tie, and the flips travel on.
 
 ``--wide`` also times one transformer block of SD3.5's width with random weights: the small pipelines are too narrow for

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
 from modelopt_ext.export.onnx import (
@@ -96,16 +99,17 @@ def export_onnx(
             "sample_trajectories(pipe, prompts, ...)[0].inputs"
         )
     with staged_directory(save_directory) as directory:
-        path = export_module(
-            model,
-            directory / MODEL_FILE,
-            inputs,
-            target=target,
-            opset=opset,
-            dynamic_axes=dynamic_axes,
-            output_names=output_names,
-            largest_file=largest_file,
-        )
+        with exportable_operators(model):
+            path = export_module(
+                model,
+                directory / MODEL_FILE,
+                inputs,
+                target=target,
+                opset=opset,
+                dynamic_axes=dynamic_axes,
+                output_names=output_names,
+                largest_file=largest_file,
+            )
         save_config: Any = getattr(model, "save_config", None)
         if save_config is not None:
             save_config(directory)
@@ -185,6 +189,21 @@ def quantized_components(pipeline: DiffusionPipeline) -> dict[str, dict[str, Pac
 def _check_target(path: Path, target: Target) -> None:
     if target.name == "tensorrt":
         assert_tensorrt(path)
+
+
+@contextmanager
+def exportable_operators(model: nn.Module) -> Iterator[None]:
+    """Optimum's replacements of operators that PyTorch's exporter does not know, for a model without its patcher."""
+    _require_optimum()
+    from optimum.exporters.onnx.model_patcher import UNSUPPORTED_OPS_PATCHING_SPEC, patched_apply_rotary_emb
+
+    with ExitStack() as stack:
+        for spec in UNSUPPORTED_OPS_PATCHING_SPEC:
+            stack.enter_context(mock.patch.object(spec.o, spec.name, spec.custom_op))
+        module = sys.modules[type(model).__module__]
+        if getattr(module, "apply_rotary_emb", None) is apply_rotary_emb:
+            stack.enter_context(mock.patch.object(module, "apply_rotary_emb", patched_apply_rotary_emb))
+        yield
 
 
 @contextmanager

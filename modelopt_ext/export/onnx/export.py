@@ -54,7 +54,8 @@ def export_module(
         ``path``.
 
     Raises:
-        ValueError: opset, dynamic axes or layers that do not fit; nothing was written.
+        ValueError: opset, dynamic axes or layers that do not fit, or an operator that PyTorch's exporter does not know;
+            nothing was written.
     """
     chosen = target_named(target)
     specs = specs_of(model)
@@ -243,16 +244,24 @@ def _torch_export(
     with warnings.catch_warnings():
         # The exporter's own notices: that it is the older one, and what it takes for constants.
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            tuple(tensors.values()),
-            str(path),
-            input_names=list(tensors),
-            output_names=outputs,
-            dynamic_axes={name: dict(value) for name, value in axes.items() if value},
-            opset_version=opset,
-            dynamo=False,
-        )
+        try:
+            torch.onnx.export(
+                model,
+                tuple(tensors.values()),
+                str(path),
+                input_names=list(tensors),
+                output_names=outputs,
+                dynamic_axes={name: dict(value) for name, value in axes.items() if value},
+                opset_version=opset,
+                dynamo=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            path.unlink(missing_ok=True)
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"PyTorch's exporter can't write {type(model).__name__}: {reason}. Optimum replaces many such "
+                "operators: export with optimum_segquant.exporters.export_onnx"
+            ) from error
 
 
 def dynamic_dimensions(model: ModelProto) -> dict[str, tuple[int | str, ...]]:

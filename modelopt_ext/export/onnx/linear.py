@@ -195,7 +195,7 @@ class OnnxBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by down, (K, r), then by up, (r, n)."""
-        return torch.matmul(torch.matmul(x, self.down), self.up)
+        return x @ self.down @ self.up
 
 
 class OnnxLinear(nn.Module):
@@ -319,7 +319,7 @@ class OnnxLinear(nn.Module):
         """As :func:`rotate`, with the matrix as a buffer: the file holds each size once."""
         if block == 1:
             return z
-        return torch.matmul(z.unflatten(-1, (-1, block)), getattr(self, f"hadamard{block}")).flatten(-2)
+        return (z.unflatten(-1, (-1, block)) @ getattr(self, f"hadamard{block}")).flatten(-2)
 
     def _group(self, z: Tensor, group: int) -> Tensor:
         if self.smoothing is not None:
@@ -330,12 +330,13 @@ class OnnxLinear(nn.Module):
             values = self._rotated(z if whole else z[..., columns], self.layout.rotation[segment])
             weight = self._dequantized(group, segment)
             if self.spec.activations is None:
-                products.append(torch.matmul(values, weight))
+                products.append(values @ weight)
                 continue
             for part in _parts(self.layout.polarity[segment]):
                 name = input_block(group, segment, part == "negative")
                 rounded, row_scale = self._rounded(name, values)
-                product = torch.matmul(rounded, weight)
+                # Not torch.matmul: in attention layers of transformers ModelOpt replaces it by a quantized one.
+                product = rounded @ weight
                 offset = getattr(self, f"offset_{name}", None)
                 if offset is not None:
                     product = product + offset
