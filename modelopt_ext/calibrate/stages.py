@@ -21,12 +21,10 @@ class Stage:
     Attributes:
         name: of the block, or of the first layer where there is none.
         layers: their names, in the order of their first call.
-        block: name of the block that holds them, if it holds no other stage's layers; None otherwise.
     """
 
     name: str
     layers: tuple[str, ...]
-    block: str | None = None
 
 
 def block_of(model: nn.Module, name: str) -> str | None:
@@ -57,7 +55,4 @@ def stages_of(model: nn.Module, called: Sequence[str]) -> list[Stage]:
         if not runs or runs[-1][0] != block:
             runs.append((block, []))
         runs[-1][1].append(name)
-    blocks = [block for block, _ in runs]
-    return [
-        Stage(block or layers[0], tuple(layers), block if blocks.count(block) == 1 else None) for block, layers in runs
-    ]
+    return [Stage(block or layers[0], tuple(layers)) for block, layers in runs]
