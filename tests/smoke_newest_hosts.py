@@ -18,6 +18,27 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from test_loading import (  # noqa: F401 (these run here, too)
+    packed_directory,
+    pipeline_directory,
+    plain_directory,
+    test_a_backend_for_whole_pipelines,
+    test_at_load_as_without_data,
+    test_dequantize,
+    test_dequantize_text_encoders,
+    test_dtypes,
+    test_lora_weights_of_a_pipeline,
+    test_pipelines_round_trip,
+    test_text_encoders,
+    test_text_encoders_at_load,
+)
+from test_segquant_checkpoint import (  # noqa: F401
+    saved,
+    test_a_full_disk_keeps_the_old_checkpoint,
+    test_round_trip_of_text_encoders,
+    test_the_same_model_gives_the_same_files,
+    test_without_this_package_nothing_loads,
+)
 from tiny_pipelines import tiny_sd3_pipeline
 
 import modelopt_ext
