@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import Any, cast
 
 import torch
@@ -17,6 +19,8 @@ from .nn.layout import SPLIT_BY_SIGN
 from .nn.packed import FORMATS, CodeType, PackedLinear, PackedSpec
 from .nn.rotation import rotate
 from .plan import slices
+
+logger = logging.getLogger(__name__)
 
 _LISTED = 8  # names in a message
 
@@ -64,6 +68,11 @@ def compress(model: nn.Module) -> nn.Module:
     _take_out_modelopt(model)
     if ModeloptStateManager.is_converted(model):
         ModeloptStateManager.remove_state(model)
+    if hasattr(model, "save_pretrained") and "optimum_segquant" not in sys.modules:
+        logger.warning(
+            "import optimum_segquant before save_pretrained: only with it does the checkpoint say that it holds codes, "
+            "so that nothing takes them for weights"
+        )
     return model
 
 

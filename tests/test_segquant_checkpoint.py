@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
@@ -28,7 +29,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+import modelopt_ext
 from modelopt_ext import PackedLinear
+from modelopt_ext.presets import linear_only
 from optimum_segquant import save_segquant
 from optimum_segquant.checkpoints import names
 from optimum_segquant.checkpoints.config import CheckpointConfig, CheckpointError
@@ -143,6 +146,14 @@ def test_models_without_packed_layers_are_saved_as_always(tmp_path):
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(TypeError, match="Linear has no save_pretrained"):
         save_segquant(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_compress_says_what_saving_needs(monkeypatch, caplog):
+    monkeypatch.delitem(sys.modules, "optimum_segquant")
+    config = linear_only({"num_bits": 8, "axis": 0}, None, alpha=None, progress=False)
+    with caplog.at_level(logging.WARNING, "modelopt_ext"):
+        modelopt_ext.compress(mtq.quantize(copy.deepcopy(plain_denoiser()[0]), config))
+    assert "import optimum_segquant before save_pretrained" in caplog.text
 
 
 # -- what is in the files ----------------------------------------------------------------------------------------------
