@@ -118,17 +118,20 @@ def test_every_product_is_an_integer_product(sd3_directory: Path, tmp_path: Path
     assert "Gemm" not in operators
 
 
+def static(bits: int | tuple[int, int], polarity: str) -> dict[str, Any]:
+    one_scale = {"num_bits": bits, "axis": None}
+    return modelopt_ext.presets.linear_only(one_scale, one_scale, alpha=0.5, clip_grid=(1.0,), polarity=polarity)
+
+
+CONFIGS = {"SEGQUANT_CFG": None, "float8 dual": static((4, 3), "dual"), "int4 dual8": static(4, "dual8")}
+
+
 @pytest.mark.parametrize(
-    ("preset", "target"),
-    [
-        ("SEGQUANT_CFG", "onnxruntime"),
-        ("SEGQUANT_CFG", "tensorrt"),
-        ("SEGQUANT_FP8_PER_TENSOR_CFG", "onnxruntime"),
-        ("SEGQUANT_W4A4_CFG", "onnxruntime"),
-    ],
+    ("config", "target"),
+    [*((config, "onnxruntime") for config in CONFIGS), ("SEGQUANT_CFG", "tensorrt"), ("int4 dual8", "tensorrt")],
 )
-def test_layers_round_to_the_same_codes(preset: str, target: str, sd3: tuple[Any, Any]) -> None:
-    pipeline, trajectories = sd3 if preset == "SEGQUANT_CFG" else quantized_sd3(getattr(modelopt_ext, preset))
+def test_layers_round_to_the_same_codes(config: str, target: str, sd3: tuple[Any, Any]) -> None:
+    pipeline, trajectories = sd3 if CONFIGS[config] is None else quantized_sd3(CONFIGS[config])
     model = pipeline.transformer
     found = layer_parity(model, lambda: model(**trajectories[0].inputs), target)
     assert len(found) == 50
