@@ -128,7 +128,7 @@ def test_interrupt_leaves_nothing(tmp_path):
 
 def test_directories_that_are_no_model_are_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="thesis[.]tex"):
+    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
         save_model(tmp_path, "x")
     assert content_of(tmp_path) == {"thesis.tex": "years of work"}
     with pytest.raises(NotADirectoryError, match="is a file"):

@@ -36,7 +36,7 @@ from optimum_segquant import save_segquant
 from optimum_segquant.checkpoints import names
 from optimum_segquant.checkpoints.config import CheckpointConfig, CheckpointError
 from optimum_segquant.checkpoints.schema import schema, violations
-from optimum_segquant.checkpoints.tensors import describe, finish, prepare
+from optimum_segquant.checkpoints.tensors import check_counts, describe, finish, prepare
 from optimum_segquant.files import MANIFEST_NAME, DamagedFilesError
 
 CLASSES = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel, "sdxl": UNet2DConditionModel}
@@ -367,6 +367,19 @@ def test_lost_tensors_are_named(saved):
     (saved / MANIFEST_NAME).unlink()
     with pytest.raises(CheckpointError, match=r"lack 1 tensors of quantized layers \(proj_out\.weight_scale\)"):
         SD3Transformer2DModel.from_pretrained(saved)
+
+
+def test_lost_tensors_of_text_encoders_are_named(tmp_path):
+    packed_text_encoder().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(name for name in tensors if name.endswith("fc1.weight_scale"))]
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / MANIFEST_NAME).unlink()
+    with pytest.raises(CheckpointError, match=r"lack .*weight_scale"):
+        CLIPTextModelWithProjection.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"lack tensors of quantized layers \(1 weight_scale\)"):
+        check_counts([file], describe(packed_text_encoder()))
 
 
 def test_checkpoints_without_a_manifest_load_with_a_note(saved, caplog):

@@ -12,9 +12,12 @@ and :func:`finish` gives them their own form back, without copies.
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from modelopt_ext import PackedLinear
@@ -146,6 +149,33 @@ def check_complete(missing: Iterable[str], config: CheckpointConfig) -> None:
         raise CheckpointError(
             f"the checkpoint's files lack {len(lost)} tensors of quantized layers ({', '.join(lost[:_SHOWN])}): copy, "
             "download or save it again"
+        )
+
+
+def check_counts(files: Iterable[str | os.PathLike[str]], config: CheckpointConfig) -> None:
+    """The same before anything is read, for hosts that fill what is missing with numbers of their own.
+
+    Hosts may know tensors by other names than the files do, so tensors of each kind are counted.
+
+    Args:
+        files: all safetensors of the checkpoint.
+        config: what it says.
+
+    Raises:
+        CheckpointError: tensors of a kind are missing.
+    """
+    wanted: Counter[str] = Counter()
+    for layer in config.layers.values():
+        wanted.update(name for name, _ in PackedLinear(layer.spec, layer.bias, None, "meta").named_buffers())
+    found: Counter[str] = Counter()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            found.update(key.rpartition(".")[2] for key in file.keys())  # noqa: SIM118 (no dict)
+    lost = {field: count - found[field] for field, count in wanted.items() if found[field] < count}
+    if lost:
+        names = ", ".join(f"{count} {field}" for field, count in lost.items())
+        raise CheckpointError(
+            f"the checkpoint's files lack tensors of quantized layers ({names}): copy, download or save it again"
         )
 
 

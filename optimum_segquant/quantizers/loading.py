@@ -97,6 +97,12 @@ class PackedLoading:
         if self.pre_quantized:
             check_complete(missing, self._checkpoint)
 
+    def _check_counts(self, files: Iterable[str | os.PathLike[str]]) -> None:
+        from ..checkpoints.tensors import check_counts
+
+        if files:
+            check_counts(files, self._checkpoint)
+
     def _plain(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         from ..checkpoints.tensors import dequantize
 

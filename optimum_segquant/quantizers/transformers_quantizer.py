@@ -84,6 +84,7 @@ class SegQuantHfQuantizer(PackedLoading, HfQuantizer):
                 place = getattr(getattr(model, "config", None), "name_or_path", "")
                 files = [os.path.join(place, "config.json")] if place and os.path.isdir(place) else []
             verify_files(files)
+            self._check_counts(kwargs.get("checkpoint_files") or ())
         self._prepare(model)
         if self.pre_quantized:
             _mark_initialized(model, self._checkpoint.layers)
