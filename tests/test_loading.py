@@ -546,11 +546,25 @@ def test_lora_weights_of_a_pipeline(pipeline_directory, tmp_path, dtype):
     assert torch.equal(images(loaded), before)
 
 
-def test_fusing_into_codes_is_refused(packed_directory):
+@pytest.mark.parametrize("safe", [False, True])
+def test_fusing_into_codes_is_refused(packed_directory, safe):
     model = SD3Transformer2DModel.from_pretrained(packed_directory)
+    torch.manual_seed(0)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
-    with pytest.raises(RuntimeError):
-        model.fuse_lora()
+    before = outputs(model)
+    with pytest.raises(ValueError, match=r"can't be fused into packed Linears.*dequantize"):
+        model.fuse_lora(safe_fusing=safe)
+    assert torch.equal(outputs(model), before)
+
+
+def test_fusing_into_plain_models_works_as_always():
+    model = copy.deepcopy(plain_denoiser()[0])
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+    before = outputs(model)
+    model.fuse_lora()
+    model.unload_lora()
+    assert sqnr(before, outputs(model)) > 80
 
 
 def test_dequantize(packed_directory, tmp_path):

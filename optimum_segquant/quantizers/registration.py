@@ -70,9 +70,7 @@ def _wrap_save(host: type, attached: str) -> None:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        # Without this package's other half imported, nothing can be packed.
-        packing = sys.modules.get("modelopt_ext")
-        if packing is None or not any(isinstance(module, packing.PackedLinear) for module in self.modules()):
+        if not _is_packed(self):
             return original(self, save_directory, *args, **kwargs)
         from ..checkpoints.save import save_staged
         from . import saving
@@ -86,11 +84,35 @@ def _wrap_save(host: type, attached: str) -> None:
     host.save_pretrained = save_pretrained  # type: ignore[attr-defined]
 
 
+def _refuse_to_fuse_lora(peft: ModuleType) -> None:
+    """Adapters can't be added to codes; PEFT's own attempt fails halfway, or with ``safe_fusing`` does nothing."""
+    host = peft.PeftAdapterMixin
+    original = vars(host)["fuse_lora"]
+
+    @functools.wraps(original)
+    def fuse_lora(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_packed(self):
+            raise ValueError(
+                "LoRA adapters can't be fused into packed Linears, whose weights are codes: leave them on top, as they "
+                "are, or call model.dequantize() first"
+            )
+        return original(self, *args, **kwargs)
+
+    host.fuse_lora = fuse_lora
+
+
+def _is_packed(model: Any) -> bool:
+    """Whether a model has packed Linears; without this package's other half imported nothing has."""
+    packing = sys.modules.get("modelopt_ext")
+    return packing is not None and any(isinstance(module, packing.PackedLinear) for module in model.modules())
+
+
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
     "diffusers.quantizers.auto": _register_with_diffusers,
     "transformers.quantizers.auto": _register_with_transformers,
     "diffusers.models.modeling_utils": _save_diffusers_models_packed,
     "transformers.modeling_utils": _save_transformers_models_packed,
+    "diffusers.loaders.peft": _refuse_to_fuse_lora,
 }
 _DONE: set[str] = set()
 _LOCK = threading.RLock()
