@@ -5,9 +5,9 @@
 
 For every pipeline and preset: size of the denoiser's file, time of one call, and three kinds of parity. *Codes* counts
 the activation codes that differ when every layer reads the same input. *Velocity SQNR* is measured against full
-precision with simulated quantization in PyTorch and in ONNX Runtime. *Difference* is what ONNX Runtime's output differs
-from simulated quantization, as a share of the output, beside what that in float64 differs: rounding flips
-codes that lie on a tie, and the flips travel on.
+precision, with simulated quantization in PyTorch, the same in float64, and in ONNX Runtime. *Difference* is what ONNX
+Runtime's output differs from simulated quantization, as a share of the output, beside what simulated quantization in
+float64 differs: rounding flips codes that lie on a tie, and the flips travel on.
 
 ``--wide`` also times one transformer block of SD3.5's width with random weights: the small pipelines are too narrow for
 8-bit products to matter.
@@ -75,6 +75,7 @@ class Row:
     codes: int
     codes_differing: int
     sqnr_torch: float
+    sqnr_float64: float
     sqnr_onnx: float
     difference: float
     difference_float64: float
@@ -123,6 +124,11 @@ def share_of_output(first: Sequence[Tensor], second: Sequence[Tensor], unseen: T
     return (noise / sum(float(call.output.double().square().sum()) for call in unseen)) ** 0.5
 
 
+def sqnr_of(outputs: Sequence[Tensor], unseen: Trajectories) -> float:
+    """Velocity SQNR of a denoiser's outputs, dB."""
+    return sqnr_db(1.0, share_of_output([call.output for call in unseen], outputs, unseen) ** 2)
+
+
 def replay_float64(denoiser: nn.Module, unseen: Trajectories) -> list[Tensor]:
     """The outputs of simulated quantization in double precision."""
 
@@ -169,11 +175,7 @@ def measure(
     path = directory / component_of(pipeline) / "model.onnx"
     runtime = session(path)
     exported = [next(iter(run(runtime, flat_tensors(call.inputs)).values())) for call in unseen]
-    signal = sum(float(call.output.double().square().sum()) for call in unseen)
-    noise = sum(
-        float((call.output.double() - output.double()).square().sum())
-        for call, output in zip(unseen, exported, strict=True)
-    )
+    wide = replay_float64(denoiser, unseen)
     parity = layer_parity(denoiser, lambda: denoiser(**unseen[0].inputs), options.target).values()
     baseline, quantized = milliseconds((float32, path), flat_tensors(unseen[0].inputs), options.threads, 9)
     return Row(
@@ -186,9 +188,10 @@ def measure(
         sum(layer.codes for layer in parity),
         sum(layer.differing for layer in parity),
         velocity_sqnr(denoiser, unseen).overall,
-        sqnr_db(signal, noise),
+        sqnr_of(wide, unseen),
+        sqnr_of(exported, unseen),
         share_of_output(simulated, exported, unseen),
-        share_of_output(simulated, replay_float64(denoiser, unseen), unseen),
+        share_of_output(simulated, wide, unseen),
         psnr(torch_image, onnx_image),
     )
 
@@ -197,13 +200,13 @@ def format_table(rows: Sequence[Row]) -> str:
     """The results in Markdown."""
     lines = [
         "| pipeline | preset | file, MB | of float32 | call, ms | float32, ms | codes that differ | velocity SQNR: "
-        "PyTorch, ONNX, dB | difference, of float64 | image PSNR, dB |",
+        "PyTorch, in float64, ONNX, dB | difference, of float64 | image PSNR, dB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row.pipeline} | {row.preset} | {row.megabytes:.1f} | {row.share_of_float32:.2f} | {row.milliseconds:.0f} "
         f"| {row.float32_milliseconds:.0f} | {row.codes_differing} of {row.codes} "
-        f"| {row.sqnr_torch:.2f}, {row.sqnr_onnx:.2f} | {100 * row.difference:.2f} %, "
+        f"| {row.sqnr_torch:.2f}, {row.sqnr_float64:.2f}, {row.sqnr_onnx:.2f} | {100 * row.difference:.2f} %, "
         f"{100 * row.difference_float64:.2f} % | {row.image_psnr:.1f} |"
         for row in rows
     ]

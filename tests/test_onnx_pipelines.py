@@ -263,7 +263,8 @@ def test_trained_pipelines(name: str, tmp_path: Path) -> None:
         "shapes-sdxl": StableDiffusionXLPipeline,
     }
     pipeline = kinds[name].from_pretrained(SHAPES / name)
-    mtq.quantize(denoiser_of(pipeline), modelopt_ext.SEGQUANT_INT8_DYNAMIC_CFG)
+    one_call = sample_trajectories(pipeline, PROMPTS, steps=1, **sampling(pipeline, 64))
+    mtq.quantize(denoiser_of(pipeline), modelopt_ext.SEGQUANT_INT8_DYNAMIC_CFG, one_call.forward_loop)
     directory = export_onnx(pipeline, tmp_path / "onnx")
     close = agreement(images(pipeline, 64), images(ORTDiffusionPipeline.from_pretrained(directory), 64))
     assert close.sqnr > 30  # dB

@@ -234,7 +234,8 @@ class OnnxLinear(nn.Module):
         self.weight_quantizer: nn.Module = self._make_weights(packed, target)
         self.low_rank = nn.ModuleList(OnnxBranch(down, up) for down, up in packed._factors()) if spec.rank else None
         for block in {block for block in self.layout.rotation if block > 1}:
-            self.register_buffer(f"hadamard{block}", rotate(torch.eye(block, device=packed.weight.device), block))
+            self.register_buffer(f"hadamard{block}", rotate(torch.eye(block), block))
+        self.to(packed.weight.device)
         self._register_offsets()
 
     def _make_activations(self, packed: PackedLinear, target: Target) -> nn.Module:
