@@ -47,7 +47,7 @@ def verify_module(path: Path, model: nn.Module, inputs: Mapping[str, Any], targe
 
     with lowered(model, target), torch.no_grad():
         axes = _graph_axes(path, tensors)
-        _verify(path, reference, dict(inputs), axes, floor, target)
+        _verify(type(model).__name__, path, reference, dict(inputs), axes, floor, target)
 
 
 def verify_pipeline(
@@ -69,7 +69,15 @@ def verify_pipeline(
         inputs = config.rename_ambiguous_inputs(config.generate_dummy_inputs(framework="pt"))
         inputs = _map_tensors(inputs, lambda _, value: value.to(pipeline.device))
         with torch.no_grad():
-            _verify(directory / component / "model.onnx", reference, inputs, config.inputs, _floor(layers), target)
+            _verify(
+                component,
+                directory / component / "model.onnx",
+                reference,
+                inputs,
+                config.inputs,
+                _floor(layers),
+                target,
+            )
 
 
 def _optimum_exports(pipeline: DiffusionPipeline) -> dict[str, tuple[nn.Module, Any]]:
@@ -85,6 +93,7 @@ def _optimum_exports(pipeline: DiffusionPipeline) -> dict[str, tuple[nn.Module, 
 
 
 def _verify(
+    label: str,
     path: Path,
     reference: Callable[[Mapping[str, Any]], Tensor],
     inputs: Mapping[str, Any],
@@ -96,7 +105,7 @@ def _verify(
         runtime = session(path, optimize=target.name == "onnxruntime")
     except Exception as error:
         raise ExportMismatchError(
-            f"{path.parent.name}: ONNX Runtime does not take the graph that PyTorch's exporter made of the model; "
+            f"{label}: ONNX Runtime does not take the graph that PyTorch's exporter made of the model; "
             f"fixed sizes may help (dynamic_axes={{}}) where inputs are given: {error}"
         ) from error
     for values in (inputs, _map_tensors(inputs, lambda name, value: _halved(value, axes.get(name, {})))):
@@ -113,19 +122,19 @@ def _verify(
             found = next(iter(run(runtime, flat_tensors(values)).values()))
         except Exception as error:
             raise ExportMismatchError(
-                f"{path.parent.name}: ONNX Runtime can't run the graph on inputs of the sizes {sizes}, which PyTorch "
+                f"{label}: ONNX Runtime can't run the graph on inputs of the sizes {sizes}, which PyTorch "
                 f"takes: a size became a constant in the graph, or dynamic_axes leaves one out ({error})"
             ) from error
         if found.shape != expected.shape:
             raise ExportMismatchError(
-                f"{path.parent.name}: the graph gives {tuple(found.shape)}, the model {tuple(expected.shape)} on "
+                f"{label}: the graph gives {tuple(found.shape)}, the model {tuple(expected.shape)} on "
                 f"inputs of the sizes {sizes}: a size became a constant in the graph"
             )
         close = agreement(expected, found)
-        logger.info("%s: graph and model agree to %.1f dB on %s", path.parent.name, close.sqnr, sizes)
+        logger.info("%s: graph and model agree to %.1f dB on %s", label, close.sqnr, sizes)
         if not close.sqnr >= floor:
             raise ExportMismatchError(
-                f"{path.parent.name}: graph and model agree to {close.sqnr:.1f} dB only (at least {floor:g} expected) "
+                f"{label}: graph and model agree to {close.sqnr:.1f} dB only (at least {floor:g} expected) "
                 f"on inputs of the sizes {sizes}: a size or value became a constant in the graph"
             )
 
