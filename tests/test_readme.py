@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import modelopt.torch.quantization as mtq
+import numpy as np
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from optimum.onnxruntime import ORTDiffusionPipeline
 from tiny_pipelines import tiny_sd3_pipeline
 
 import modelopt_ext
+from modelopt_ext.export.tensorrt import check_tensorrt
+from optimum_segquant.evaluation import sample_trajectories
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+def block_with(word: str) -> str:
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in block]
+    return block
+
+
 def test_the_usage_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
-    (usage,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "velocity_sqnr" in block]
+    usage = block_with("velocity_sqnr")
     pipe = tiny_sd3_pipeline()
     names = {"pipe": pipe, "prompts": ["a red circle"], "other_prompts": ["a blue square", "a green triangle"]}
     exec(usage, names)
@@ -29,3 +40,25 @@ def test_the_usage_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     inputs = names["unseen"][0].inputs
     with torch.no_grad():
         assert torch.equal(restored(**inputs)[0], pipe.transformer(**inputs)[0])
+
+
+@pytest.mark.slow
+def test_the_deployment_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny_sd3_pipeline()
+    prompts, use = ["a red circle", "a blue square"], {"num_inference_steps": 4, "height": 16, "width": 16}
+    calibration = sample_trajectories(pipe, prompts, steps=4, **use)
+    mtq.quantize(pipe.transformer, modelopt_ext.SEGQUANT_CFG, calibration.forward_loop)
+    exec(block_with("modelopt_ext.compress"), {"pipe": pipe})
+
+    def image(pipeline: Any) -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(prompts[0], generator=generator, output_type="np", **use).images[0]
+
+    expected = image(pipe)
+    without_t5 = {"text_encoder_3": None, "tokenizer_3": None}
+    assert np.array_equal(image(StableDiffusion3Pipeline.from_pretrained("packed", **without_t5)), expected)
+    assert np.abs(image(ORTDiffusionPipeline.from_pretrained("onnx", **without_t5)) - expected).max() < 0.05
+    assert not [
+        violation for violation in check_tensorrt("tensorrt/transformer/model.onnx") if violation.severity == "error"
+    ]
