@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-import sys
 from typing import Any, cast
 
 import torch
@@ -68,11 +68,14 @@ def compress(model: nn.Module) -> nn.Module:
     _take_out_modelopt(model)
     if ModeloptStateManager.is_converted(model):
         ModeloptStateManager.remove_state(model)
-    if hasattr(model, "save_pretrained") and "optimum_segquant" not in sys.modules:
+    if outside:
         logger.warning(
-            "import optimum_segquant before save_pretrained: only with it does the checkpoint say that it holds codes, "
-            "so that nothing takes them for weights"
+            "segquant: %s stay plain Linears: their weights are read without calling them", ", ".join(sorted(outside))
         )
+    if hasattr(model, "save_pretrained"):
+        # Without it Hugging Face's save_pretrained would write codes that nothing marks as such. It is the other half
+        # of this distribution, and does no more than register itself.
+        importlib.import_module("optimum_segquant")
     return model
 
 

@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 from .quantizers.registration import register
 
 if TYPE_CHECKING:
+    from .checkpoints.native import export_native
     from .checkpoints.save import save_segquant
     from .checkpoints.tensors import dequantize
+    from .exporters import export_onnx
     from .quantizers.config import SegQuantConfig
 
-__all__ = ["SegQuantConfig", "dequantize", "save_segquant"]
+__all__ = ["SegQuantConfig", "dequantize", "export_native", "export_onnx", "save_segquant"]
 
 _LAZY = {
     "SegQuantConfig": ".quantizers.config",
     "dequantize": ".checkpoints.tensors",
+    "export_native": ".checkpoints.native",
+    "export_onnx": ".exporters",
     "save_segquant": ".checkpoints.save",
 }
 
