@@ -95,6 +95,14 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
         title="Cut Linears into segments.",
         description="Give each semantic segment of a Linear's input and output its own scales, smoothing included.",
     )
+    share_inputs: bool = ModeloptField(
+        default=False,
+        title="One treatment for Linears that read one tensor.",
+        description=(
+            "q, k and v of an attention get the same smoothing, shift and input scales, as engines need that fuse them "
+            "into one product. They are solved as that one Linear, with one output segment."
+        ),
+    )
     merge_heads: bool = ModeloptField(
         default=False,
         title="Cut at attention heads.",

@@ -36,6 +36,7 @@ from .recorded_calls import RecordedCalls
 from .refine import LowRankOptions, RefineOptions
 from .search import LinearSolution, SearchOptions, solve_linear
 from .sequential import solve_stages
+from .shared_inputs import cut_rows, siblings, stacked_plan
 from .stages import Stage, stages_of
 from .statistics import LinearStatistics, collect
 from .weights import write_weight
@@ -195,6 +196,24 @@ class _Solver:
         self._plan = plan
         self._affordable = affordable
         self._synthetic = synthetic
+        self._sharing = self._sharing_groups() if config.share_inputs else {}
+        self._solved_together: dict[str, LinearSolution] = {}
+
+    def _sharing_groups(self) -> dict[str, tuple[str, ...]]:
+        """By name, the Linears that are solved together."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for names in siblings(self._plan):
+            layers = [self._linears[name] for name in names if name in self._linears]
+            if len({(layer.input_format, layer.weight_format) for layer in layers}) > 1 or any(
+                self.config.for_layer(layer.name) != self.config.for_layer(layers[0].name) for layer in layers
+            ):
+                raise ValueError(
+                    f"share_inputs: {', '.join(layer.name for layer in layers)} read one tensor but have different "
+                    "formats or settings; give them the same, or leave share_inputs=False"
+                )
+            if len(layers) > 1:
+                groups |= dict.fromkeys((layer.name for layer in layers), tuple(layer.name for layer in layers))
+        return groups
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -224,6 +243,12 @@ class _Solver:
             The solution, its weight on the CPU and everything else where the layer runs.
         """
         module = self.modules[name]
+        if name in self._sharing:
+            if name not in self._solved_together:
+                self._solved_together |= self._solve_together(self._sharing[name], statistics, reference)
+            solution = self._solved_together.pop(name)
+            self.to_layers({name: solution})
+            return solution
         with enable_weight_access_and_writeback(module, self.model, self.modules, writeback=False):
             if name in self._linears:
                 solution = self._solve_linear(self._linears[name], statistics, reference)
@@ -233,12 +258,38 @@ class _Solver:
         self.to_layers({name: solution})
         return solution
 
+    def _solve_together(
+        self, names: Sequence[str], statistics: LinearStatistics | None, reference: torch.Tensor | None
+    ) -> dict[str, LinearSolution]:
+        """Solve Linears that read one tensor as one."""
+        weights: dict[str, torch.Tensor] = {}
+        for name in names:
+            layer = self._linears[name]
+            with enable_weight_access_and_writeback(layer.module, self.model, self.modules, writeback=False):
+                weights[name] = _plain_weight(layer).to(self._working_device(layer), copy=True)
+        plan = stacked_plan([self._plan.linears[name] for name in names])
+        stacked = torch.cat(list(weights.values()))
+        affordable = all(name in self._affordable for name in names)
+        solution = self._solve_weight(self._linears[names[0]], stacked, plan, affordable, statistics, reference)
+        return cut_rows(solution, {name: len(weight) for name, weight in weights.items()})
+
     def _solve_linear(
         self, layer: _Layer, statistics: LinearStatistics | None, reference: torch.Tensor | None
     ) -> LinearSolution:
         weight = _plain_weight(layer)
-        linear_plan = self._plan.linears.get(layer.name) or LinearPlan.trivial(weight.shape[1], weight.shape[0])
-        options = _search_options(layer, linear_plan, self.config, weight.dtype, layer.name in self._affordable)
+        plan = self._plan.linears.get(layer.name) or LinearPlan.trivial(weight.shape[1], weight.shape[0])
+        return self._solve_weight(layer, weight, plan, layer.name in self._affordable, statistics, reference)
+
+    def _solve_weight(
+        self,
+        layer: _Layer,
+        weight: torch.Tensor,
+        linear_plan: LinearPlan,
+        affordable: bool,
+        statistics: LinearStatistics | None,
+        reference: torch.Tensor | None,
+    ) -> LinearSolution:
+        options = _search_options(layer, linear_plan, self.config, weight.dtype, affordable)
         try:
             solution = solve_linear(
                 weight.to(self._working_device(layer)),
