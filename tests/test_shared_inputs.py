@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import modelopt.torch.quantization as mtq
+import numpy as np
+import onnx
 import pytest
 import torch
 from test_packed import one_block
-from test_quantize import loop_over, outputs, sqnr
+from test_quantize import loop_over, outputs, sd3_inputs, sqnr
 from torch import Tensor, nn
 
 import modelopt_ext
 from modelopt_ext import PackedLinear
 from modelopt_ext.calibrate.shared_inputs import siblings
+from modelopt_ext.export.onnx.merge import merge_equal_nodes
+from modelopt_ext.export.tensorrt import check_tensorrt
 from modelopt_ext.presets import PRESETS
+from optimum_segquant import export_onnx
 
 QUICK = {"samples": 128, "alpha_grid": [0.3, 0.6], "clip_grid": [1.0, 0.8], "progress": False}
 
@@ -82,3 +88,36 @@ def test_a_checkpoint_of_stages_goes_on(tmp_path: Any) -> None:
     assert list(tmp_path.glob("stage_*.safetensors"))
     again = quantized("SEGQUANT_INT8_CFG", share_inputs=True, layerwise=layerwise)
     assert torch.equal(outputs(first), outputs(again))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_tensorrt_sees_one_tensor_and_one_scale(share: bool, tmp_path: Any) -> None:
+    model = quantized("SEGQUANT_INT8_CFG", share_inputs=share)
+    export_onnx(model, tmp_path / "model", target="tensorrt", inputs=sd3_inputs(0))
+    path = tmp_path / "model" / "model.onnx"
+    scales = [violation for violation in check_tensorrt(path) if violation.rule == "attention-scales"]
+    assert bool(scales) != share
+    sources = {}
+    graph = onnx.load(path).graph
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear" and (found := re.search(r"blocks\.0/attn/to_([qkv])/", node.name)):
+            sources[found[1]] = node.input[0]
+    assert sorted(sources) == ["k", "q", "v"]
+    assert len(set(sources.values())) == (1 if share else 3)
+
+
+def test_only_equal_nodes_are_merged() -> None:
+    def constant(name: str, value: float) -> onnx.TensorProto:
+        return onnx.numpy_helper.from_array(np.array([value], np.float32), name)
+
+    def sub(constant: str, output: str) -> onnx.NodeProto:
+        return onnx.helper.make_node("Sub", ["x", constant], [output])
+
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2])
+    sums = [onnx.helper.make_node("Sum", ["u", "v", "w"], ["y"])]
+    nodes = [sub("one", "u"), sub("also_one", "v"), sub("two", "w"), *sums]
+    constants = [constant("one", 1), constant("also_one", 1), constant("two", 2)]
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], constants)
+    merge_equal_nodes(graph)
+    assert [list(node.input) for node in graph.node] == [["x", "one"], ["x", "two"], ["u", "u", "w"]]

@@ -458,7 +458,7 @@ def _alike(graph: QdqGraph, attention: str, operands: dict[str, Operand]) -> Ite
             "attention-scales",
             attention,
             f"{', '.join(wanted)} read different tensors or have different input scales, so NVIDIA's SDXL demo must "
-            "not fuse them; alpha=None, polarity='none', clip_grid=(1.0,) give layers with one input one scale",
+            "not fuse them; share_inputs=True gives layers with one input one treatment and one scale",
             "info",
         )
 

@@ -13,6 +13,7 @@ import onnx
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
 from .linear import BRANCH_NAME, CAST_INT4_SUFFIX, INT4_SUFFIX
+from .merge import merge_equal_nodes
 
 LARGEST_FILE = 2**31 - 1
 """Bytes that protobuf can hold; what is larger goes into a file of its own beside the graph."""
@@ -23,7 +24,7 @@ _SMALLEST_EXTERNAL = 1024
 
 
 def finish(model: ModelProto, properties: Mapping[str, str]) -> None:
-    """Narrow what is stored wider than it needs to be and note how the graph was made, in place.
+    """Narrow what is stored wider than it needs to be, merge equal nodes, note how the graph was made; in place.
 
     Args:
         model: with all its tensors in memory.
@@ -34,6 +35,7 @@ def finish(model: ModelProto, properties: Mapping[str, str]) -> None:
             _store_int4(model.graph, tensor, cast=tensor.name.endswith(CAST_INT4_SUFFIX))
         elif _BRANCH.search(tensor.name) and tensor.data_type == TensorProto.FLOAT:
             _store_16_bit(model.graph, tensor)
+    merge_equal_nodes(model.graph)
     _drop_unused(model.graph)
     helper.set_model_props(model, {**{entry.key: entry.value for entry in model.metadata_props}, **properties})
 
