@@ -242,16 +242,19 @@ def measure_wide(out: Path, threads: int) -> str:
     )
     # Time does not depend on the quality of the scales: no searches.
     fast = {"alpha": 0.5, "clip_grid": (1.0,), "polarity": "shift"}
-    config = copy.deepcopy(modelopt_ext.SEGQUANT_CFG)
-    config["algorithm"] = {**config["algorithm"], **fast}
-    mtq.quantize(model, config, lambda denoiser: denoiser(**inputs))
-    quantized = export_onnx(model, out / "int8", inputs=inputs, verify=False) / "model.onnx"
-    baseline, ours = milliseconds((plain, quantized), inputs, threads, 5)
-    return (
-        f"two blocks of SD3.5-Medium's width, 1024 + 154 tokens, {threads} threads: float32 {baseline:.0f} ms and "
-        f"{file_bytes(plain) / 1e6:.0f} MB, INT8 {ours:.0f} ms ({baseline / ours:.2f} times as fast) and "
-        f"{file_bytes(quantized) / 1e6:.0f} MB ({file_bytes(quantized) / file_bytes(plain):.2f})"
-    )
+    lines = [f"two blocks of SD3.5-Medium's width, 1024 + 154 tokens, {threads} threads"]
+    for preset in ("SEGQUANT_CFG", "SEGQUANT_INT8_DYNAMIC_CFG"):
+        config = copy.deepcopy(modelopt_ext.presets.PRESETS[preset])
+        config["algorithm"] = {**config["algorithm"], **fast}
+        own = mtq.quantize(copy.deepcopy(model), config, lambda denoiser: denoiser(**inputs))
+        quantized = export_onnx(own, out / preset, inputs=inputs, verify=False) / "model.onnx"
+        baseline, ours = milliseconds((plain, quantized), inputs, threads, 5)
+        lines.append(
+            f"{preset}: float32 {baseline:.0f} ms and {file_bytes(plain) / 1e6:.0f} MB, INT8 {ours:.0f} ms "
+            f"({baseline / ours:.2f} times as fast) and {file_bytes(quantized) / 1e6:.0f} MB "
+            f"({file_bytes(quantized) / file_bytes(plain):.2f})"
+        )
+    return "\n".join(lines)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
