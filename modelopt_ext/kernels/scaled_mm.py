@@ -46,40 +46,23 @@ def scaled_mm(
         out_dtype: float32 by default.
 
     Returns:
-        (M, N) in ``out_dtype``, rounded once.
+        (M, N) in ``out_dtype``, rounded once; E4M3 products on a GPU are rounded to bfloat16 before that.
 
     Raises:
         ValueError: operands that do not go together.
     """
     check(a, b, zero, sum_b, a2, scale_a2)
+    wanted = out_dtype or torch.float32
     if a.is_cuda:
         if a.dtype == torch.int8 and cuda.has_triton():
-            wanted = out_dtype or torch.float32
             return torch.ops.segquant.int8_gemm(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, wanted)
         if a.dtype == torch.float8_e4m3fn and cuda.fp8_fits(a.device.index or 0, b.shape[0], b.shape[1]):
             second = None if a2 is None or scale_a2 is None else (a2, scale_a2, sign)
-            return cuda.fp8_gemm(a, b, scale_a, scale_b, bias, second, out_dtype or torch.float32)
-    return scaled_mm_reference(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, out_dtype)
+            return cuda.fp8_gemm(a, b, scale_a, scale_b, bias, second, wanted)
+    return reference(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign).to(wanted)
 
 
 @torch.library.custom_op("segquant::scaled_mm", mutates_args=())
-def scaled_mm_reference(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None = None,
-    zero: int = 0,
-    sum_b: Tensor | None = None,
-    a2: Tensor | None = None,
-    scale_a2: Tensor | None = None,
-    sign: int = 1,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """:func:`reference` as an operator."""
-    return reference(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, out_dtype)
-
-
 def reference(
     a: Tensor,
     b: Tensor,
@@ -91,16 +74,13 @@ def reference(
     a2: Tensor | None = None,
     scale_a2: Tensor | None = None,
     sign: int = 1,
-    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`scaled_mm` in plain torch."""
+    """:func:`scaled_mm` in plain torch, float32."""
     total = _product(a, b, zero, sum_b) * scale_a
     if a2 is not None and scale_a2 is not None:
         total = total + sign * (_product(a2, b, zero, sum_b) * scale_a2)
     total = total * scale_b
-    if bias is not None:
-        total = total + bias
-    return total.to(out_dtype or torch.float32)
+    return total if bias is None else total + bias
 
 
 def _product(a: Tensor, b: Tensor, zero: int, sum_b: Tensor | None) -> Tensor:
@@ -124,21 +104,9 @@ def _integer_product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-@scaled_mm_reference.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None = None,
-    zero: int = 0,
-    sum_b: Tensor | None = None,
-    a2: Tensor | None = None,
-    scale_a2: Tensor | None = None,
-    sign: int = 1,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype or torch.float32)
+@reference.register_fake
+def _(a: Tensor, b: Tensor, *rest: object, **named: object) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.float32)
 
 
 def check(a: Tensor, b: Tensor, zero: int, sum_b: Tensor | None, a2: Tensor | None, scale_a2: Tensor | None) -> None:
