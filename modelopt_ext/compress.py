@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.opt.dynamic import DynamicModule
-from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, SVDQuantLinear, TensorQuantizer
 from torch import Tensor, nn
 
 from .formats import QuantFormat, step_size, to_codes
@@ -110,8 +110,8 @@ def _others(model: nn.Module, linears: set[str]) -> list[str]:
             continue
         if not any(name.startswith(f"{linear}." if linear else "") for linear in linears):
             problems.append(
-                f"{name}: only Linears have a packed form; disable it (mtq.disable_quantizer), or export to ONNX, "
-                "which keeps simulated quantizers"
+                f"{name}: only Linears have a packed form; disable it (mtq.disable_quantizer), or keep the model as it "
+                "is, with simulated quantization"
             )
     return problems
 
@@ -125,6 +125,8 @@ def _problem(module: Any) -> str | None:
         return (
             "its inputs are rounded but its weight is not; disable its input_quantizer" if inputs.is_enabled else None
         )
+    if isinstance(module, SVDQuantLinear):
+        return "it carries ModelOpt's SVDQuant branch, which has no packed form; use a preset with low_rank"
     if getattr(module, "_hf_hook", None) is not None:
         return "it is offloaded by accelerate; remove the hooks (accelerate.hooks.remove_hook_from_submodules) first"
     if module.output_quantizer.is_enabled:
@@ -142,8 +144,6 @@ def _problem(module: Any) -> str | None:
     blocks = [weights, inputs] if not isinstance(module, SegLinear) else _blocks(module)
     if any(block.is_enabled and not block._dynamic and not hasattr(block, "_amax") for block in blocks):
         return "it is not calibrated; call mtq.quantize with a forward_loop"
-    if not isinstance(module, SegLinear) and any(hasattr(weights, name) for name in ("svdquant_lora_a", "_lora_a")):
-        return "ModelOpt's SVDQuant keeps its branch where this package does not look; use a preset with low_rank"
     return None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import modelopt_ext
 from modelopt_ext import PackedLinear, PackedSpec, SegLinear
 from modelopt_ext.kernels import scaled_mm
-from modelopt_ext.kernels.scaled_mm import scaled_mm_reference
+from modelopt_ext.kernels.scaled_mm import reference
 from modelopt_ext.nn.packed import pack_int4, unpack_int4
 from modelopt_ext.presets import PER_TOKEN, PRESETS, linear_only
 
@@ -297,6 +297,13 @@ def _feed(model: nn.Module) -> None:
         model(torch.randn(32, 16))
 
 
+def test_modelopts_svdquant_is_refused() -> None:
+    algorithm = {"method": "svdquant", "lowrank": 4}
+    model = mtq.quantize(nn.Sequential(nn.Linear(16, 8)), {**linear_only(INT8, STATIC), "algorithm": algorithm}, _feed)
+    with pytest.raises(ValueError, match="0: it carries ModelOpt's SVDQuant branch"):
+        modelopt_ext.compress(model)
+
+
 def test_an_uncalibrated_model_is_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     mtq.quantize(model, {"quant_cfg": linear_only(INT8, STATIC)["quant_cfg"], "algorithm": None})
@@ -338,20 +345,8 @@ def test_scaled_mm_is_exact_for_integers() -> None:
 def test_scaled_mm_passes_torchs_operator_checks() -> None:
     a, b = torch.randint(-9, 9, (4, 8), dtype=torch.int8), torch.randint(-9, 9, (6, 8), dtype=torch.int8)
     sums = b.sum(dim=1, dtype=torch.int32)
-    arguments = (
-        a,
-        b,
-        torch.rand(4, 1),
-        torch.rand(6),
-        torch.rand(6),
-        -128,
-        sums,
-        a,
-        torch.rand(4, 1),
-        -1,
-        torch.float16,
-    )
-    torch.library.opcheck(scaled_mm_reference, arguments)
+    arguments = (a, b, torch.rand(4, 1), torch.rand(6), torch.rand(6), -128, sums, a, torch.rand(4, 1), -1)
+    torch.library.opcheck(reference, arguments)
     with pytest.raises(ValueError, match="multiplies int8 by int8"):
         scaled_mm(a, b.float(), torch.rand(4, 1), torch.rand(6))
 
