@@ -93,13 +93,3 @@ class SegQuantDiffusersQuantizer(PackedLoading, DiffusersQuantizer):
     def is_serializable(self) -> bool:
         """Always."""
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters can be trained on top, codes can't."""
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        """Products of codes are custom operators, the rest is plain torch."""
-        return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .config import SegQuantConfig
 logger = logging.getLogger(__name__)
 
 
-class PackedLoading:
+class PackedLoading(ABC):
     """Mixin of both quantizer classes. The hosts call it; nobody else should.
 
     Attributes:
@@ -87,9 +88,19 @@ class PackedLoading:
         self.quantization_config.checkpoint = describe(model)
         self._set_config(model, self.quantization_config)
 
+    @abstractmethod
     def _set_config(self, model: nn.Module, config: SegQuantConfig) -> None:
         """Put the description of a packed model in the place of the request that it was made by."""
-        raise NotImplementedError
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top, codes can't."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Products of codes are custom operators, the rest is plain torch."""
+        return True
 
     def _check_missing(self, missing: Iterable[str]) -> None:
         from ..checkpoints.tensors import check_complete

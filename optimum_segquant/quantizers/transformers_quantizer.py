@@ -106,16 +106,6 @@ class SegQuantHfQuantizer(PackedLoading, HfQuantizer):
             raise ValueError("segquant checkpoints are safetensors, never pickle: leave out safe_serialization=False")
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters can be trained on top, codes can't."""
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        """Products of codes are custom operators, the rest is plain torch."""
-        return True
-
 
 def _mark_initialized(model: nn.Module, layers: Iterable[str]) -> None:
     """Keep transformers 4 from drawing random numbers into codes: some models initialize their children's weights."""
