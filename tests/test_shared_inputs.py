@@ -55,9 +55,11 @@ def test_linears_that_read_one_tensor_have_one_treatment(preset: str) -> None:
     apart, shared = sqnr(expected, outputs(alone)), sqnr(expected, outputs(together))
     assert shared > apart - 1.5
     modelopt_ext.compress(together)
-    for group in groups:
-        found = shared_tensors(together, group)
-        assert found or preset == "SEGQUANT_W4A8_CFG"
+    seen = {group: shared_tensors(together, group) for group in groups}
+    # With scales per token a group may have nothing to share; static scales are there in any case.
+    assert any(seen.values())
+    assert all(seen.values()) or preset == "SEGQUANT_W4A8_CFG"
+    for found in seen.values():
         for first, *others in found:
             assert all(torch.equal(first, other) for other in others)
 
