@@ -18,7 +18,7 @@ from .cost import LayerCost, LayerShare, embedders, layer_costs, share
 from .images import generate_images
 from .memory import PeakMemory
 from .metrics import ImageMetrics, VelocitySQNR, image_metrics, sqnr_db, velocity_sqnr
-from .trajectories import DenoiserCall, Trajectories, denoiser_of, sample_trajectories
+from .trajectories import DenoiserCall, RecordedCalls, Trajectories, denoiser_of, sample_trajectories
 
 __all__ = [
     "Comparison",
@@ -27,6 +27,7 @@ __all__ = [
     "LayerCost",
     "LayerShare",
     "PeakMemory",
+    "RecordedCalls",
     "Trajectories",
     "VelocitySQNR",
     "compare",

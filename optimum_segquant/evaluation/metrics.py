@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .trajectories import Trajectories
+from .calls import RecordedCalls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def sqnr_db(signal: float, noise: float) -> float:
     return math.inf if noise == 0 else 10 * math.log10(signal / noise)
 
 
-def velocity_sqnr(denoiser: nn.Module, trajectories: Trajectories) -> VelocitySQNR:
+def velocity_sqnr(denoiser: nn.Module, trajectories: RecordedCalls) -> VelocitySQNR:
     """Compare a quantized denoiser with the recorded full-precision outputs on the same inputs.
 
     Use trajectories of prompts and seeds that calibration has not seen.
@@ -88,8 +88,10 @@ def velocity_sqnr(denoiser: nn.Module, trajectories: Trajectories) -> VelocitySQ
         result = output.detach().cpu().double()
         if not torch.isfinite(result).all():
             raise FloatingPointError(f"the denoiser returned NaN or infinity at timestep {call.timestep:g}")
-        signal[call.timestep] = signal.get(call.timestep, 0.0) + float(reference.square().sum())
-        noise[call.timestep] = noise.get(call.timestep, 0.0) + float((reference - result).square().sum())
+        # NaN, no timestep, is equal to nothing, itself included: one key for all such calls.
+        key = math.nan if math.isnan(call.timestep) else call.timestep
+        signal[key] = signal.get(key, 0.0) + float(reference.square().sum())
+        noise[key] = noise.get(key, 0.0) + float((reference - result).square().sum())
     per_timestep = {t: sqnr_db(signal[t], noise[t]) for t in trajectories.timesteps}
     return VelocitySQNR(sqnr_db(sum(signal.values()), sum(noise.values())), per_timestep)
 

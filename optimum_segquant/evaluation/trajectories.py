@@ -7,93 +7,33 @@ is used (guidance on, real prompts), and stores each call as keyword arguments p
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .sampling import evaluation_mode, resolve_seeds, run_pipeline
+from .calls import DenoiserCall, RecordedCalls, Trajectories, execution_device, first_tensor
+from .recorder import TIMESTEP_NAMES, CallRecorder
+from .sampling import resolve_seeds, run_pipeline
+
+__all__ = [
+    "DENOISER_NAMES",
+    "TIMESTEP_NAMES",
+    "DenoiserCall",
+    "RecordedCalls",
+    "Trajectories",
+    "denoiser_of",
+    "execution_device",
+    "first_tensor",
+    "sample_trajectories",
+]
 
 logger = logging.getLogger(__name__)
 
 DENOISER_NAMES = ("transformer", "unet")
 """Component names under which diffusers pipelines keep their denoiser."""
-
-TIMESTEP_NAMES = ("timestep", "timesteps", "timestep_ratio")
-"""Denoiser arguments that hold the timestep, in the order in which they are looked up."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DenoiserCall:
-    """One forward call of a denoiser.
-
-    Attributes:
-        inputs: the call's arguments by parameter name; tensors on the CPU, in the dtype the pipeline passed.
-        output: the first output, usually (B, C, H, W) or (B, tokens, C), on the CPU; B includes guidance's
-            unconditional half. For flow-matching models this is the velocity.
-        timestep: the largest entry of the timestep argument, in the denoiser's own units.
-        step: index of the denoising step within the trajectory, from 0.
-        batch: index of the pipeline call, from 0: calls with the same one are of the same prompts.
-    """
-
-    inputs: dict[str, Any]
-    output: Tensor
-    timestep: float
-    step: int
-    batch: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectories(Sequence[DenoiserCall]):
-    """Recorded denoiser calls in the order in which they happened; an immutable sequence of :class:`DenoiserCall`."""
-
-    calls: tuple[DenoiserCall, ...]
-
-    def __post_init__(self) -> None:
-        if not self.calls:
-            raise ValueError("no denoiser calls: record at least one with sample_trajectories")
-
-    def __len__(self) -> int:
-        return len(self.calls)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.calls[index]
-
-    @property
-    def timesteps(self) -> tuple[float, ...]:
-        """The distinct timesteps, from noise to image."""
-        return tuple(sorted({call.timestep for call in self.calls}, reverse=True))
-
-    def replay(self, denoiser: nn.Module) -> Iterator[tuple[DenoiserCall, Tensor]]:
-        """Call ``denoiser`` on every recorded input, in order, in eval mode and without gradients.
-
-        Args:
-            denoiser: a module with the recorded denoiser's parameters, quantized or not, on any device.
-
-        Yields:
-            The recorded call and the first output of ``denoiser``, in its own dtype and on its own device.
-        """
-        device = execution_device(denoiser)
-        for call in self.calls:
-            # A fresh copy each time: a model that writes to its inputs must not change the recording.
-            inputs = _map_tensors(call.inputs, lambda t: t.to(device, copy=True))
-            with evaluation_mode(denoiser), torch.no_grad():
-                output = first_tensor(denoiser(**inputs))
-            yield call, output
-
-    def forward_loop(self, denoiser: nn.Module) -> None:
-        """Run the denoiser over all recorded inputs: the ``forward_loop`` argument of ``mtq.quantize``.
-
-        Args:
-            denoiser: the model that is being calibrated.
-        """
-        for _ in self.replay(denoiser):
-            pass
 
 
 def denoiser_of(pipeline: Any, name: str | None = None) -> nn.Module:
@@ -118,32 +58,6 @@ def denoiser_of(pipeline: Any, name: str | None = None) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise ValueError(f"the denoiser of {kind} is a {type(found).__name__}, not a torch.nn.Module")
     return found
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Return the device a module computes on; with accelerate's offloading the weights themselves may lie elsewhere."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is not None:
-        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    for parameter in module.parameters():
-        if parameter.device.type != "meta":
-            return parameter.device
-    return torch.device("cpu")
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of a denoiser's output: a tensor, a tuple, or one of diffusers' output classes.
-
-    Raises:
-        ValueError: the first entry is not a tensor.
-    """
-    first = output
-    if not isinstance(first, Tensor):
-        first = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    if not isinstance(first, Tensor):
-        raise ValueError(f"the denoiser's first output is a {type(first).__name__}, not a tensor")
-    return first
 
 
 def sample_trajectories(
@@ -185,11 +99,8 @@ def sample_trajectories(
     kept = _kept_steps(steps, num_inference_steps)
     if "output_type" in call_kwargs:
         raise ValueError("output_type is set here: trajectories end in latent space")
-    recorder = _Recorder(module, kept)
-    handles = [
-        module.register_forward_pre_hook(recorder.before, with_kwargs=True),
-        module.register_forward_hook(recorder.after),
-    ]
+    recorder = CallRecorder(module, kept)
+    detach = recorder.attach()
     try:
         run_pipeline(
             pipeline,
@@ -202,66 +113,14 @@ def sample_trajectories(
             **call_kwargs,
         )
     finally:
-        for handle in handles:
-            handle.remove()
+        detach()
     if not recorder.calls:
         raise ValueError(
             f"{type(pipeline).__name__} never called its denoiser in steps {sorted(kept)}: it made "
-            f"{recorder.step + 1} steps. Check steps, num_inference_steps and (image to image) strength."
+            f"{recorder.clock.step + 1} steps. Check steps, num_inference_steps and (image to image) strength."
         )
     logger.info("recorded %d denoiser calls of %d trajectories", len(recorder.calls), len(prompts))
     return Trajectories(tuple(recorder.calls))
-
-
-class _Recorder:
-    """The forward hooks of :func:`sample_trajectories` and the step counter between them."""
-
-    def __init__(self, module: nn.Module, kept: frozenset[int]) -> None:
-        self.signature = inspect.signature(module.forward)
-        self.kept = kept
-        self.calls: list[DenoiserCall] = []
-        self.batch = -1
-
-    def start(self) -> None:
-        """Begin a new trajectory."""
-        self.batch += 1
-        self.step = -1
-        self.timestep = math.nan
-        self.stored: dict[str, Any] = {}
-        self.pending: dict[str, Any] | None = None
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Store the inputs; a step begins whenever the timestep changes (guidance may need several calls a step)."""
-        inputs = _by_name(self.signature, args, kwargs)
-        timestep = _timestep(inputs)
-        if timestep != self.timestep:
-            self.timestep = timestep
-            self.step += 1
-        self.pending = None
-        if self.step in self.kept:
-            self.pending = {name: self._store(name, value) for name, value in inputs.items()}
-            self.stored = self.pending
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Store the output beside the inputs of the same call."""
-        if self.pending is None:
-            return
-        result = _to_cpu(first_tensor(output))
-        if not torch.isfinite(result).all():
-            raise FloatingPointError(
-                f"the full-precision denoiser returned NaN or infinity at step {self.step} "
-                f"(timestep {self.timestep:g}): nothing can be measured against it. Run the pipeline in a wider dtype."
-            )
-        self.calls.append(DenoiserCall(self.pending, result, self.timestep, self.step, self.batch))
-        self.pending = None
-
-    def _store(self, name: str, value: Any) -> Any:
-        """Copy to the CPU; text embeddings, the same in every step of a trajectory, are kept once."""
-        copy = _map_tensors(value, _to_cpu)
-        before = self.stored.get(name)
-        if isinstance(copy, Tensor) and isinstance(before, Tensor) and _identical(before, copy):
-            return before
-        return copy
 
 
 def _kept_steps(steps: int | Sequence[int] | None, num_inference_steps: int) -> frozenset[int]:
@@ -277,45 +136,3 @@ def _kept_steps(steps: int | Sequence[int] | None, num_inference_steps: int) -> 
     if wrong or len(steps) == 0:
         raise ValueError(f"steps must be indices from 0 to {num_inference_steps - 1}, at least one; got {list(steps)}")
     return frozenset(steps)
-
-
-def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by parameter name, so that a replay needs keywords only."""
-    arguments = signature.bind(*args, **kwargs).arguments
-    named: dict[str, Any] = {}
-    for name, value in arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            raise ValueError(f"the denoiser takes {name!r} by position only: its calls cannot be replayed by keyword")
-        else:
-            named[name] = value
-    return named
-
-
-def _timestep(inputs: dict[str, Any]) -> float:
-    value = next((inputs[name] for name in TIMESTEP_NAMES if inputs.get(name) is not None), None)
-    if value is None:
-        raise ValueError(f"the denoiser has no argument {' or '.join(TIMESTEP_NAMES)}; it was given {sorted(inputs)}")
-    return float(value.max()) if isinstance(value, Tensor) else float(value)
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Rebuild nested dicts, lists and tuples with ``function`` applied to every tensor in them."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(item, function) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_map_tensors(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
