@@ -8,6 +8,7 @@ before anything is loaded, and names every file that is missing, truncated or al
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -23,6 +24,8 @@ __all__ = [
     "MANIFEST_NAME",
     "MANIFEST_VERSION",
     "DamagedFilesError",
+    "full_disk_named",
+    "replaced_file",
     "sha256_of",
     "staged_directory",
     "verify_manifest",
@@ -73,15 +76,55 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
     staged = final.with_name(f".{final.name}.{token}.partial")
-    staged.mkdir()
     try:
-        yield staged
-        _check_replaceable(final)
-        _take_over(final, staged)
-        _flush(staged)
-        _replace(final, staged, final.with_name(f".{final.name}.{token}.replaced"))
+        with full_disk_named(f"{final} was written, which is as before", "free some, or save to another disk"):
+            staged.mkdir()
+            yield staged
+            _check_replaceable(final)
+            _take_over(final, staged)
+            _flush(staged)
+            _replace(final, staged, final.with_name(f".{final.name}.{token}.replaced"))
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def full_disk_named(doing: str, remedy: str) -> Iterator[None]:
+    """Turn the errors of a full disk, which libraries raise in types of their own, into one with a remedy.
+
+    Args:
+        doing: what goes on inside, as in "while ...".
+        remedy: what to do.
+
+    Raises:
+        OSError: ENOSPC, the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        raise OSError(errno.ENOSPC, f"No space left on device while {doing}: {remedy}") from error
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error)  # safetensors has its own type, without a number
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Give a name to write to; when the block ends without an error the file is flushed and takes ``path``'s name."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
         raise
 
 
