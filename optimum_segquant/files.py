@@ -117,7 +117,7 @@ def _is_full_disk(error: Exception) -> bool:
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Give a name to write to; when the block ends without an error the file is flushed and takes ``path``'s name."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write one folder
     try:
         yield partial
         with partial.open("rb") as file:

@@ -49,6 +49,7 @@ class CallRecorder:
         needs_timestep: refuse calls without a timestep. Components that know none (text encoders) have all their calls
             kept.
         on_step: called with the step's index before each call.
+        label: of the component, for messages.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class CallRecorder:
         clock: StepClock | None = None,
         needs_timestep: bool = True,
         on_step: Callable[[int], object] | None = None,
+        label: str = "denoiser",
     ) -> None:
         self.module = module
         self.kept = frozenset(kept)
@@ -68,6 +70,7 @@ class CallRecorder:
         self._signature = inspect.signature(module.forward)
         self._needs_timestep = needs_timestep
         self._on_step = on_step
+        self._label = label
         self._stored: dict[str, Tensor] = {}
         self._pending: tuple[dict[str, Any], float, int] | None = None
 
@@ -104,7 +107,7 @@ class CallRecorder:
             step = self.clock.see(timestep)
         elif self._needs_timestep:
             raise ValueError(
-                f"the denoiser has no argument {' or '.join(TIMESTEP_NAMES)}; it was given {sorted(inputs)}"
+                f"the {self._label} has no argument {' or '.join(TIMESTEP_NAMES)}; it was given {sorted(inputs)}"
             )
         self._pending = None
         if self._on_step is not None:
@@ -121,7 +124,7 @@ class CallRecorder:
         result = first_tensor(output).detach().to("cpu", copy=True)
         if not torch.isfinite(result).all():
             raise FloatingPointError(
-                f"the full-precision denoiser returned NaN or infinity at step {step} "
+                f"the full-precision {self._label} returned NaN or infinity at step {step} "
                 f"(timestep {timestep:g}): nothing can be measured against it. Run the pipeline in a wider dtype."
             )
         self.calls.append(DenoiserCall(inputs, result, timestep, step, self.batch))

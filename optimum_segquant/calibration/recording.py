@@ -1,0 +1,239 @@
+"""Running a pipeline on prompts and keeping what its models read, batch by batch on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from ..components import choose_components, denoisers_of
+from ..evaluation import DenoiserCall
+from ..evaluation.recorder import CallRecorder, StepClock
+from ..evaluation.sampling import run_pipeline
+from .cache import CachedCalls, CalibrationCache
+from .identity import identity
+from .settings import CalibrationBatch, CalibrationSettings
+
+__all__ = ["CalibrationData", "record_calibration"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Enough(Exception):  # noqa: N818  nothing went wrong
+    """Ends a trajectory whose remaining steps nobody asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationData(Mapping[str, CachedCalls]):
+    """Recorded calls by component.
+
+    Attributes:
+        settings: what they were sampled with, ``num_inference_steps`` filled in.
+        calls: by component.
+        sampled, reused: batches that this run sampled and that were there already.
+    """
+
+    settings: CalibrationSettings
+    calls: Mapping[str, CachedCalls]
+    sampled: int
+    reused: int
+
+    def __getitem__(self, component: str) -> CachedCalls:
+        return self.calls[component]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.calls)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+
+def record_calibration(
+    pipeline: Any,
+    settings: CalibrationSettings | None = None,
+    *,
+    components: str | Sequence[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> CalibrationData:
+    """Run a pipeline on the prompts and record what its models read.
+
+    Every batch is written when it is done. A run that was killed goes on with the batch it was at, and what it then
+    gives is bit for bit what it would have given: a batch depends on nothing but its number. A trajectory ends after
+    the last step that is kept; images are not decoded.
+
+    Args:
+        pipeline: a diffusers pipeline that takes prompts.
+        settings: what to sample; by default the package's prompts, 8 steps of each trajectory.
+        components: models to record, see :func:`optimum_segquant.components.choose_components`; several are recorded in
+            one run.
+        cache_dir: where to keep the data; what is there and fits is used. By default a temporary directory, which goes
+            with the result.
+        overwrite: sample again if ``cache_dir`` holds data of something else, instead of refusing it.
+        progress: show a bar of denoising steps, and one in every ``forward_loop`` of the result.
+
+    Returns:
+        For every component its calls, read from disk one at a time. With :meth:`CalibrationSettings.share` those of the
+        batches of this process.
+
+    Raises:
+        ValueError: no such component, steps that do not fit, a component that is never called, or an argument that
+            can't be written.
+        CalibrationMismatchError: ``cache_dir`` holds data of something else; the difference is named.
+        DamagedFilesError: a file of ``cache_dir`` is damaged.
+        FloatingPointError: a model returned NaN or infinity.
+        OSError: the disk is full; finished batches are kept.
+    """
+    settings = resolved(settings or CalibrationSettings(), pipeline)
+    chosen = choose_components(pipeline, components)
+    temporary = None
+    if cache_dir is None:
+        temporary = tempfile.TemporaryDirectory(prefix="segquant-calibration-")
+        cache_dir = temporary.name
+    cache = CalibrationCache(cache_dir, identity(pipeline, settings), overwrite=overwrite)
+    wanted = [batch for batch in settings.batches if settings.quota(batch.number) != 0]
+    missing = [batch for batch in wanted if not cache.is_complete(batch.number, chosen)]
+    logger.info("calibration data: %d of %d batches are to be sampled", len(missing), len(wanted))
+    sampler = _Sampler(pipeline, settings, chosen)
+    steps = settings.num_inference_steps or 1
+    with tqdm(
+        total=len(wanted) * steps,
+        initial=(len(wanted) - len(missing)) * steps,
+        desc="Sampling",
+        unit="step",
+        disable=not progress,
+    ) as bar:
+        for batch in missing:
+            target = bar.n + steps
+            for name, calls in sampler.sample(batch, bar).items():
+                cache.write(name, batch.number, calls)
+            bar.update(target - bar.n)
+    numbers = [batch.number for batch in wanted]
+    calls = {name: CachedCalls(name, cache.shards(name, numbers), progress=progress, keep=temporary) for name in chosen}
+    for name, found in calls.items():
+        if not len(found):
+            raise _never_called(pipeline, name, settings)
+    return CalibrationData(settings, calls, len(missing), len(wanted) - len(missing))
+
+
+def resolved(settings: CalibrationSettings, pipeline: Any) -> CalibrationSettings:
+    """The settings with the pipeline's own number of steps where they have none, checked against it.
+
+    Raises:
+        ValueError: neither has a number, or the steps to keep do not fit.
+    """
+    total = settings.num_inference_steps
+    if total is None:
+        parameter = inspect.signature(pipeline.__call__).parameters.get("num_inference_steps")
+        total = None if parameter is None else parameter.default
+        if not isinstance(total, int):
+            raise ValueError(
+                f"{type(pipeline).__name__} has no default for num_inference_steps: set it in the calibration settings"
+            )
+    settings.kept_steps(0, total)
+    return dataclasses.replace(settings, num_inference_steps=total)
+
+
+def _never_called(pipeline: Any, name: str, settings: CalibrationSettings) -> ValueError:
+    return ValueError(
+        f"{type(pipeline).__name__} never called its {name} in the steps that are kept ({settings.steps} of "
+        f"{settings.num_inference_steps}): leave it out of the components, or change steps or num_inference_steps"
+    )
+
+
+class _Sampler:
+    """Samples single batches.
+
+    Args:
+        pipeline: the pipeline.
+        settings: with a number of steps.
+        chosen: models to record, by component.
+    """
+
+    def __init__(self, pipeline: Any, settings: CalibrationSettings, chosen: Mapping[str, nn.Module]) -> None:
+        self._pipeline = pipeline
+        self._settings = settings
+        self._chosen = chosen
+        self._denoisers = denoisers_of(pipeline)
+
+    def sample(self, batch: CalibrationBatch, bar: Any) -> dict[str, list[DenoiserCall]]:
+        """Sample one batch.
+
+        Args:
+            batch: its prompts.
+            bar: of denoising steps; is moved on by as many as are done.
+
+        Returns:
+            What each component was called with, in order, thinned to the batch's share of ``max_calls``.
+
+        Raises:
+            ValueError: the first batch and a component is never called, although it would be in all batches or none.
+        """
+        settings = self._settings
+        assert settings.num_inference_steps is not None
+        kept = settings.kept_steps(batch.number, settings.num_inference_steps)
+        needs_steps = any(name in self._denoisers or _takes_timesteps(part) for name, part in self._chosen.items())
+        last = max(kept) if needs_steps else -1
+        start = bar.n
+
+        def on_step(step: int) -> None:
+            if step > last:
+                raise _Enough
+            done = min(step, settings.num_inference_steps or 0)
+            bar.update(max(0, start + done - bar.n))
+
+        recorders = self._recorders(kept, on_step)
+        with contextlib.ExitStack() as hooks:
+            for recorder in recorders.values():
+                hooks.callback(recorder.attach())
+                recorder.start(batch.number)
+            try:
+                run_pipeline(
+                    self._pipeline,
+                    batch.prompts,
+                    seeds=batch.seeds,
+                    batch_size=len(batch.prompts),
+                    num_inference_steps=settings.num_inference_steps,
+                    output_type="latent",
+                    **batch.call_kwargs,
+                )
+            except _Enough:
+                # What the pipeline does at its end: accelerate's CPU offload moves the last model away.
+                free = getattr(self._pipeline, "maybe_free_model_hooks", None)
+                if free is not None:
+                    free()
+        result = {}
+        for name in self._chosen:
+            calls = recorders[name].calls
+            if not calls and (isinstance(settings.steps, (int, tuple)) or settings.steps is None):
+                raise _never_called(self._pipeline, name, settings)
+            result[name] = [calls[i] for i in settings.thinned(batch.number, len(calls))]
+        return result
+
+    def _recorders(self, kept: frozenset[int], on_step: Any) -> dict[str, CallRecorder]:
+        """One for each chosen component; others only count the steps."""
+        clock = StepClock()
+        recorders = {}
+        for name, part in {**self._denoisers, **self._chosen}.items():
+            recorders[name] = CallRecorder(
+                part,
+                kept if name in self._chosen else (),
+                clock=clock if name in self._denoisers else None,
+                needs_timestep=name in self._denoisers,
+                on_step=on_step if name in self._denoisers else None,
+                label=name,
+            )
+        return recorders
+
+
+def _takes_timesteps(module: nn.Module) -> bool:
+    return any("timestep" in name for name in inspect.signature(module.forward).parameters)
