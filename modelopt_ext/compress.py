@@ -11,6 +11,7 @@ from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.opt.dynamic import DynamicModule
 from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, SVDQuantLinear, TensorQuantizer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .formats import QuantFormat, step_size, to_codes
 from .mode import plan_of
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 _LISTED = 8  # names in a message
 
 
-def compress(model: nn.Module) -> nn.Module:
+def compress(model: nn.Module, *, progress: bool = False) -> nn.Module:
     """Replace every quantized Linear of a calibrated model by a :class:`PackedLinear`, in place.
 
     Codes are those of the simulation but for ties of rounding, sums run over integers, and the weights take one byte
@@ -36,6 +37,7 @@ def compress(model: nn.Module) -> nn.Module:
     Args:
         model: quantized and calibrated by ``mtq.quantize``, with this package's algorithm or one of ModelOpt's that
             leaves plain scales ("max", "mse", "smoothquant").
+        progress: show a bar that counts layers.
 
     Returns:
         ``model`` (or, if that is itself a quantized Linear, its replacement).
@@ -57,12 +59,14 @@ def compress(model: nn.Module) -> nn.Module:
         raise ValueError("compress can't pack this model:\n  " + "\n  ".join(problems[:_LISTED]) + more)
     wanted = {id(module) for module in packable.values() if _is_rounded(module)}
     packed: dict[int, nn.Module] = {}
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if id(child) in wanted:
-                if id(child) not in packed:
-                    packed[id(child)] = pack(child)
-                setattr(parent, name, packed[id(child)])
+    with tqdm(total=len(wanted), desc="Packing", unit="layer", disable=not progress) as bar:
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if id(child) in wanted:
+                    if id(child) not in packed:
+                        packed[id(child)] = pack(child)
+                        bar.update()
+                    setattr(parent, name, packed[id(child)])
     if isinstance(model, nn.Linear) and isinstance(model, QuantModule):
         return pack(model)
     _take_out_modelopt(model)
@@ -177,9 +181,8 @@ def _code_type(fmt: QuantFormat | None) -> CodeType | None:
     raise ValueError(f"codes of {fmt.num_bits} bits have no packed form; use 8 or 4 bits, or FP8 E4M3")
 
 
-@torch.no_grad()
-def pack(module: nn.Module) -> PackedLinear:
-    """The packed form of one quantized Linear; the module itself stays as it is.
+def packed_spec(module: nn.Module) -> PackedSpec:
+    """The formats of the packed form of one quantized Linear; no weight is read.
 
     Args:
         module: a SegLinear or a ModelOpt QuantLinear, calibrated.
@@ -191,27 +194,46 @@ def pack(module: nn.Module) -> PackedLinear:
     if problem:
         raise ValueError(f"this Linear can't be packed: {problem}")
     quantized = cast(Any, module)
-    weight = quantized._parameters["weight"]
     segmented = module if isinstance(module, SegLinear) else None
     weight_format = QuantFormat.of(quantized.weight_quantizer, "weight_quantizer")
     input_format = _input_format(quantized.input_quantizer)
     assert weight_format is not None
-    codes_type = _code_type(weight_format)
-    assert codes_type is not None
+    weights = _code_type(weight_format)
+    assert weights is not None
+    up = segmented.weight_quantizer.up if segmented else None
+    layout = segmented.layout if segmented else _whole(quantized)
+    return PackedSpec(
+        layout=SegLayout(layout.in_segments, layout.out_groups, layout.out_groups, layout.polarity, layout.rotation),
+        weights=weights,
+        group=weight_format.group,
+        activations=_code_type(input_format),
+        per_token=input_format is not None and input_format.dynamic,
+        smoothing=_smoothing(quantized) is not None,
+        shift=segmented is not None and segmented.input_quantizer.shift is not None,
+        rank=0 if up is None else up.shape[1],
+    )
+
+
+@torch.no_grad()
+def pack(module: nn.Module) -> PackedLinear:
+    """The packed form of one quantized Linear; the module itself stays as it is.
+
+    Args:
+        module: a SegLinear or a ModelOpt QuantLinear, calibrated.
+
+    Raises:
+        ValueError: it has no packed form.
+    """
+    spec = packed_spec(module)
+    quantized = cast(Any, module)
+    weight = quantized._parameters["weight"]
+    segmented = module if isinstance(module, SegLinear) else None
+    weight_format = QuantFormat.of(quantized.weight_quantizer, "weight_quantizer")
+    assert weight_format is not None
     smoothing, shift = _smoothing(quantized), segmented.input_quantizer.shift if segmented else None
     down, up = (segmented.weight_quantizer.down, segmented.weight_quantizer.up) if segmented else (None, None)
     bias = segmented._effective_bias(weight) if segmented else quantized.bias
     layout = segmented.layout if segmented else _whole(quantized)
-    spec = PackedSpec(
-        layout=SegLayout(layout.in_segments, layout.out_groups, layout.out_groups, layout.polarity, layout.rotation),
-        weights=codes_type,
-        group=weight_format.group,
-        activations=_code_type(input_format),
-        per_token=input_format is not None and input_format.dynamic,
-        smoothing=smoothing is not None,
-        shift=shift is not None,
-        rank=0 if up is None else up.shape[1],
-    )
     packed = PackedLinear(spec, bias is not None, weight.dtype, weight.device)
     packed.train(module.training)
     packed.set_codes(_encode(quantized, weight, packed.weight_scale, layout, weight_format))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
 
-from ...compress import pack
+from ...compress import pack, packed_spec
 from ...nn.packed import PackedLinear, PackedSpec
 from .linear import OnnxLinear, why_not
 from .target import Target
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 _LISTED = 8  # names in a message
 
@@ -57,7 +60,7 @@ def specs_of(model: nn.Module) -> dict[str, PackedSpec]:
     Raises:
         ValueError: as :func:`quantized_linears`, or a layer has no packed form.
     """
-    return {name: _packed(name, module).spec for name, module in quantized_linears(model).items()}
+    return {name: _spec(name, module) for name, module in quantized_linears(model).items()}
 
 
 def check_layers(specs: Mapping[str, PackedSpec], target: Target) -> None:
@@ -111,10 +114,17 @@ def lowered(model: nn.Module, target: Target) -> Iterator[dict[str, OnnxLinear]]
 
 
 def _packed(name: str, module: nn.Module) -> PackedLinear:
-    if isinstance(module, PackedLinear):
-        return module
+    return module if isinstance(module, PackedLinear) else _named(name, module, pack)
+
+
+def _spec(name: str, module: nn.Module) -> PackedSpec:
+    return module.spec if isinstance(module, PackedLinear) else _named(name, module, packed_spec)
+
+
+def _named(name: str, module: nn.Module, function: Callable[[nn.Module], _Result]) -> _Result:
+    """Apply ``function``, whose errors get the layer's name."""
     try:
-        return pack(module)
+        return function(module)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
