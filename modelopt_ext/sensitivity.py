@@ -40,6 +40,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_map_only
 
+from .nn.packed import PackedLinear
+
 logger = logging.getLogger(__name__)
 
 __all__ = ["LayerSensitivity", "SensitivityTable", "layer_sensitivity", "measure", "quantized_copy", "quantized_layers"]
@@ -271,9 +273,12 @@ def quantized_copy(model: nn.Module, config: Mapping[str, Any], forward_loop: Fo
 
 
 def quantized_layers(quantized: nn.Module) -> dict[str, nn.Module]:
-    """The modules with a weight and at least one enabled quantizer, by qualified name."""
-    found = {}
+    """The packed Linears, and the modules with a weight and at least one enabled quantizer, by qualified name."""
+    found: dict[str, nn.Module] = {}
     for name, module in quantized.named_modules():
+        if isinstance(module, PackedLinear):
+            found[name] = module
+            continue
         if not isinstance(module, QuantModule) or not isinstance(module._parameters.get("weight"), nn.Parameter):
             continue
         if any(quantizer.is_enabled for side in _SIDES for quantizer in _quantizers(module, side)):
@@ -336,8 +341,9 @@ def measure(
 
     Args:
         model: the full-precision model.
-        quantized: a quantized copy of it.
-        score_loop, batches, parts, local_only, select: see :func:`layer_sensitivity`.
+        quantized: a quantized copy of it, with simulated quantization or packed.
+        score_loop, batches, parts, local_only, select: see :func:`layer_sensitivity`; ``parts`` needs simulated
+            quantization.
 
     Raises:
         ValueError: see :func:`layer_sensitivity`.
@@ -347,6 +353,8 @@ def measure(
     twins = quantized_layers(quantized)
     if not twins:
         raise ValueError("the config quantizes no layer with a weight: check the patterns of its quant_cfg")
+    if parts and any(isinstance(twin, PackedLinear) for twin in twins.values()):
+        raise ValueError("packed Linears round inputs and weights in one: measure parts before compress()")
     layers = {name: _Layer(model.get_submodule(name), twin) for name, twin in twins.items()}
     modes = {"all": ()} if not parts else {"all": (), "activations": _SIDES[1:2], "weights": _SIDES[:1]}
     session = _Session(model, layers, {} if local_only else modes, select)

@@ -16,8 +16,9 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
+from modelopt_ext import compress
 from modelopt_ext.presets import PER_TOKEN, linear_only
-from modelopt_ext.sensitivity import SensitivityTable, layer_sensitivity, quantized_copy, quantized_layers
+from modelopt_ext.sensitivity import SensitivityTable, layer_sensitivity, measure, quantized_copy, quantized_layers
 
 PLAIN = {"segments": False, "polarity": "none", "alpha": None, "clip_grid": (1.0,), "progress": False}
 W8, A8 = {"num_bits": 8, "axis": 0}, {"num_bits": 8, "axis": None}
@@ -396,3 +397,19 @@ def test_an_own_forward_of_a_layer_survives(model: Block):
 def test_stock_modelopt_configs(model: Block):
     table = layer_sensitivity(model, mtq.INT8_SMOOTHQUANT_CFG, CALIBRATION)
     assert table["spiky"].sqnr > layer_sensitivity(model, CONFIGS["stock"], CALIBRATION)["spiky"].sqnr + 5
+
+
+def test_packed_layers(model: Block):
+    """The same local noise as with simulated quantization, but for ties of rounding; no parts."""
+    quantized = quantized_copy(model, CONFIGS["plain"], CALIBRATION)
+    simulated = measure(model, quantized, SCORE, local_only=True)
+    packed = compress(quantized)
+    table = measure(model, packed, SCORE, local_only=True)
+    assert [row.name for row in table.layers] == [row.name for row in simulated.layers]
+    for row in table.layers:
+        assert row.local_noise == pytest.approx(simulated[row.name].local_noise, rel=0.02), row.name
+        assert row.weights == simulated[row.name].weights
+    alone = measure(model, packed, SCORE)
+    assert alone["spiky"].noise == pytest.approx(alone["spiky"].local_noise, rel=1e-6)  # the last layer
+    with pytest.raises(ValueError, match="measure parts before compress"):
+        measure(model, packed, SCORE, parts=True)

@@ -15,28 +15,44 @@ hold the weights and do the multiply-adds.
 
 from .comparison import Comparison, compare, denoiser_replaced
 from .cost import LayerCost, LayerShare, embedders, layer_costs, share
+from .evaluator import Samples, evaluate, evaluate_samples, sample_reference
+from .facts import PipelineFacts
 from .images import generate_images
+from .latents import LatentError, latent_errors
 from .memory import PeakMemory
 from .metrics import ImageMetrics, VelocitySQNR, image_metrics, sqnr_db, velocity_sqnr
+from .perceptual import METRICS, MetricResult, perceptual_metrics
+from .result import Evaluation
 from .trajectories import DenoiserCall, RecordedCalls, Trajectories, denoiser_of, sample_trajectories
 
 __all__ = [
+    "METRICS",
     "Comparison",
     "DenoiserCall",
+    "Evaluation",
     "ImageMetrics",
+    "LatentError",
     "LayerCost",
     "LayerShare",
+    "MetricResult",
     "PeakMemory",
+    "PipelineFacts",
     "RecordedCalls",
+    "Samples",
     "Trajectories",
     "VelocitySQNR",
     "compare",
     "denoiser_of",
     "denoiser_replaced",
     "embedders",
+    "evaluate",
+    "evaluate_samples",
     "generate_images",
     "image_metrics",
+    "latent_errors",
     "layer_costs",
+    "perceptual_metrics",
+    "sample_reference",
     "sample_trajectories",
     "share",
     "sqnr_db",
