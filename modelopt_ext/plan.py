@@ -35,7 +35,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["ACTIVATIONS", "LinearPlan", "PlanOverride", "SegmentPlan", "fold_names"]
+__all__ = ["ACTIVATIONS", "LinearPlan", "PlanOverride", "PlanRow", "SegmentPlan", "fold_names"]
 
 ACTIVATIONS = ("", "silu", "gelu", "gated")
 """What may have produced an input segment. All but ``""`` are polar: many small negatives, few large positives."""
@@ -142,6 +142,33 @@ PlanOverride: TypeAlias = "LinearPlan | Mapping[str, Any] | None"
 
 
 @dataclass(frozen=True)
+class PlanRow:
+    """Modules that are planned alike.
+
+    Attributes:
+        pattern: their names as one, block numbers as ranges: ``transformer_blocks.{0-18}.norm1.linear``.
+        names: all of them.
+        plan: a Linear's plan, or the sizes of a convolution's input segments.
+    """
+
+    pattern: str
+    names: tuple[str, ...]
+    plan: LinearPlan | tuple[int, ...]
+
+    @property
+    def inputs(self) -> str:
+        """Input segments as text, such as ``3072 + 12288:gelu``."""
+        if isinstance(self.plan, LinearPlan):
+            return _text(self.plan.in_segments, self.plan.activations)
+        return _text(self.plan)
+
+    @property
+    def outputs(self) -> str:
+        """Output segments as text, such as ``6 x 1536``."""
+        return _text(self.plan.out_segments) if isinstance(self.plan, LinearPlan) else "(convolution)"
+
+
+@dataclass(frozen=True)
 class SegmentPlan:
     """The cuts of all Linears of a model.
 
@@ -212,6 +239,26 @@ class SegmentPlan:
             text += f"; {len(self.uncalled)} Linears never called"
         return text
 
+    def rows(self, *, trivial: bool = False) -> list[PlanRow]:
+        """Modules with equal plans whose names differ in block numbers only, together; in the model's order.
+
+        Args:
+            trivial: whether Linears without cuts and tags are listed too.
+        """
+        alike: dict[LinearPlan | tuple[int, ...], list[str]] = {}
+        for name, plan in self.linears.items():
+            if trivial or not plan.is_trivial:
+                alike.setdefault(plan, []).append(name)
+        for name, sizes in self.convs.items():
+            alike.setdefault(sizes, []).append(name)
+        order = {name: i for i, name in enumerate((*self.linears, *self.convs))}
+        found = [
+            PlanRow(pattern, tuple(members), cells)
+            for cells, names in alike.items()
+            for pattern, members in _fold(names)
+        ]
+        return sorted(found, key=lambda row: order[row.names[0]])
+
     def table(self, *, trivial: bool = False) -> str:
         """A table: module, how many such modules, input segments with tags, output segments.
 
@@ -221,19 +268,8 @@ class SegmentPlan:
         Args:
             trivial: whether Linears without cuts and tags are listed too.
         """
-        rows: dict[tuple[str, str], list[str]] = {}
-        for name, plan in self.linears.items():
-            if trivial or not plan.is_trivial:
-                cells = _text(plan.in_segments, plan.activations), _text(plan.out_segments)
-                rows.setdefault(cells, []).append(name)
-        for name, sizes in self.convs.items():
-            rows.setdefault((_text(sizes), "(convolution)"), []).append(name)
-        order = {name: i for i, name in enumerate((*self.linears, *self.convs))}
-        body = []
-        for cells, names in rows.items():
-            for pattern, members in _fold(names):
-                body.append((order[members[0]], (pattern, str(len(members)), *cells)))
-        lines = [("module", "count", "in", "out"), *(line for _, line in sorted(body))]
+        body = [(row.pattern, str(len(row.names)), row.inputs, row.outputs) for row in self.rows(trivial=trivial)]
+        lines = [("module", "count", "in", "out"), *body]
         width = [max(len(line[i]) for line in lines) for i in range(4)]
         text = ["  ".join(cell.ljust(width[i]) for i, cell in enumerate(line)).rstrip() for line in lines]
         text.insert(1, "  ".join("-" * w for w in width))
