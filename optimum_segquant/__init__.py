@@ -12,15 +12,33 @@ from typing import TYPE_CHECKING, Any
 from .quantizers.registration import register
 
 if TYPE_CHECKING:
+    from .calibration import CalibrationSettings, record_calibration
     from .checkpoints.native import export_native
     from .checkpoints.save import save_segquant
     from .checkpoints.tensors import dequantize
     from .exporters import export_onnx
+    from .quantizer import QuantizationResult, SegQuantizer, quantize_pipeline
     from .quantizers.config import SegQuantConfig
 
-__all__ = ["SegQuantConfig", "dequantize", "export_native", "export_onnx", "save_segquant"]
+__all__ = [
+    "CalibrationSettings",
+    "QuantizationResult",
+    "SegQuantConfig",
+    "SegQuantizer",
+    "dequantize",
+    "export_native",
+    "export_onnx",
+    "quantize_pipeline",
+    "record_calibration",
+    "save_segquant",
+]
 
 _LAZY = {
+    "CalibrationSettings": ".calibration",
+    "QuantizationResult": ".quantizer",
+    "SegQuantizer": ".quantizer",
+    "quantize_pipeline": ".quantizer",
+    "record_calibration": ".calibration",
     "SegQuantConfig": ".quantizers.config",
     "dequantize": ".checkpoints.tensors",
     "export_native": ".checkpoints.native",

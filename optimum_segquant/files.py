@@ -24,6 +24,7 @@ __all__ = [
     "MANIFEST_NAME",
     "MANIFEST_VERSION",
     "DamagedFilesError",
+    "check_replaceable",
     "full_disk_named",
     "replaced_file",
     "sha256_of",
@@ -72,7 +73,7 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the disk is full, or the move failed; ``target`` is as before.
     """
     final = Path(target).expanduser().resolve()
-    _check_replaceable(final)
+    check_replaceable(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
     staged = final.with_name(f".{final.name}.{token}.partial")
@@ -80,7 +81,7 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         with full_disk_named(f"{final} was written, which is as before", "free some, or save to another disk"):
             staged.mkdir()
             yield staged
-            _check_replaceable(final)
+            check_replaceable(final)
             _take_over(final, staged)
             _flush(staged)
             _replace(final, staged, final.with_name(f".{final.name}.{token}.replaced"))
@@ -128,7 +129,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
+    """Whether :func:`staged_directory` would take ``target``; raises what that raises."""
     if not target.exists():
         return
     if not target.is_dir():

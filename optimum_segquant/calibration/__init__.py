@@ -11,7 +11,7 @@
 """
 
 from .cache import CachedCalls, CalibrationMismatchError
-from .prompts import default_prompts, read_prompts
+from .prompts import default_prompts, held_out_prompts, read_prompts
 from .recording import CalibrationData, record_calibration
 from .settings import CalibrationBatch, CalibrationSettings, NormalSteps, StepChoice, WeightedSteps
 
@@ -25,6 +25,7 @@ __all__ = [
     "StepChoice",
     "WeightedSteps",
     "default_prompts",
+    "held_out_prompts",
     "read_prompts",
     "record_calibration",
 ]

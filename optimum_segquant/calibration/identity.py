@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..versions import versions
 from .settings import CalibrationSettings
 
-__all__ = ["VERSIONED", "differences", "identity", "installed_versions", "weights_fingerprint"]
+__all__ = ["differences", "identity", "plain", "settings_record", "weights_fingerprint"]
 
-VERSIONED = ("torch", "diffusers", "transformers")
+_VERSIONED = ("torch", "diffusers", "transformers")
 """Packages whose numbers recorded data depends on."""
 
 _SAMPLED = 64
@@ -39,29 +39,25 @@ def identity(pipeline: Any, settings: CalibrationSettings) -> dict[str, Any]:
             if name.startswith("tokenizer") and part is not None
         },
         "scheduler": None if scheduler is None else [type(scheduler).__name__, _config(scheduler)],
-        "settings": {
-            "num_inference_steps": settings.num_inference_steps,
-            "steps": _plain(settings.steps),
-            "batch_size": settings.batch_size,
-            "seed": settings.seed,
-            "max_calls": settings.max_calls,
-            "call_kwargs": _plain(settings.call_kwargs),
-            "per_prompt_kwargs": _hash(_plain(settings.per_prompt_kwargs)) if settings.per_prompt_kwargs else None,
-        },
-        "prompts": {"count": len(settings.prompts), "sha256": _hash(settings.prompts)},
-        "versions": installed_versions(VERSIONED),
+        **settings_record(settings),
+        "versions": {name: version for name, version in versions().items() if name in _VERSIONED},
     }
 
 
-def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Versions by package, of those that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def settings_record(settings: CalibrationSettings) -> dict[str, Any]:
+    """Settings as plain types, with a hash in the place of prompts and of what goes with single prompts."""
+    return {
+        "settings": {
+            "num_inference_steps": settings.num_inference_steps,
+            "steps": plain(settings.steps),
+            "batch_size": settings.batch_size,
+            "seed": settings.seed,
+            "max_calls": settings.max_calls,
+            "call_kwargs": plain(settings.call_kwargs),
+            "per_prompt_kwargs": _hash(plain(settings.per_prompt_kwargs)) if settings.per_prompt_kwargs else None,
+        },
+        "prompts": {"count": len(settings.prompts), "sha256": _hash(settings.prompts)},
+    }
 
 
 def differences(wanted: Any, found: Any, where: str = "") -> list[str]:
@@ -122,21 +118,21 @@ def _config(part: Any) -> Any:
     if not isinstance(config, Mapping):
         return None
     volatile = ("_name_or_path", "_commit_hash", "_diffusers_version", "transformers_version", "_use_default_values")
-    return {key: _plain(value) for key, value in config.items() if key not in volatile}
+    return {key: plain(value) for key, value in config.items() if key not in volatile}
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """Plain types, with a checksum in the place of tensors, arrays and images."""
+def plain(value: Any) -> Any:
+    """Plain types for JSON, with a checksum in the place of tensors, arrays and images."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"tensor {tuple(value.shape)} {value.dtype} {zlib.crc32(data):08x}"
@@ -144,7 +140,7 @@ def _plain(value: Any) -> Any:
         shape = getattr(value, "shape", None) or getattr(value, "size", None)
         return f"{type(value).__name__} {shape} {zlib.crc32(value.tobytes()):08x}"
     if hasattr(value, "__dataclass_fields__"):
-        return {"kind": type(value).__name__, **{name: _plain(getattr(value, name)) for name in value.__dict__}}
+        return {"kind": type(value).__name__, **{name: plain(getattr(value, name)) for name in value.__dict__}}
     return str(value)
 
 

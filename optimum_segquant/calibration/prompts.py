@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLUMN_NAMES", "FILE_KINDS", "default_prompts", "read_prompts"]
+__all__ = ["COLUMN_NAMES", "FILE_KINDS", "default_prompts", "held_out_prompts", "read_prompts"]
 
-DEFAULT_PROMPTS = Path(__file__).with_name("default_prompts.txt")
+_OWN_PROMPTS = Path(__file__).with_name("default_prompts.txt")
+_FOR_CALIBRATION = 64
+"""So many of the package's prompts are for calibration; the others are for measuring what it did."""
 
 COLUMN_NAMES = ("prompt", "text", "caption")
 """Columns that are taken where none is named, compared without case, in this order."""
@@ -32,14 +34,35 @@ def default_prompts(count: int | None = None) -> tuple[str, ...]:
     """The package's own text-to-image prompts: objects, people, places, text, counting, styles; of different lengths.
 
     Args:
+        count: how many, from the first on; by default all 64.
+
+    Raises:
+        ValueError: fewer than one, or more than there are.
+    """
+    return _first(_own_prompts()[:_FOR_CALIBRATION], count)
+
+
+def held_out_prompts(count: int | None = None) -> tuple[str, ...]:
+    """32 more prompts of the same kind, none of :func:`default_prompts`, to measure a calibrated model on.
+
+    Args:
         count: how many, from the first on; by default all.
 
     Raises:
         ValueError: fewer than one, or more than there are.
     """
-    prompts = tuple(DEFAULT_PROMPTS.read_text(encoding="utf-8").splitlines())
+    return _first(_own_prompts()[_FOR_CALIBRATION:], count)
+
+
+def _own_prompts() -> tuple[str, ...]:
+    return tuple(_OWN_PROMPTS.read_text(encoding="utf-8").splitlines())
+
+
+def _first(prompts: tuple[str, ...], count: int | None) -> tuple[str, ...]:
     if count is not None and not 1 <= count <= len(prompts):
-        raise ValueError(f"there are {len(prompts)} default prompts, {count} were asked for: give a file with your own")
+        raise ValueError(
+            f"the package has {len(prompts)} such prompts, {count} were asked for: give a list or file of your own"
+        )
     return prompts[:count]
 
 

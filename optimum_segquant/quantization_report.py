@@ -1,0 +1,301 @@
+"""What quantizing a pipeline did, as plain data: counts, sizes, seconds, errors, plans and versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from torch import Tensor, nn
+
+from modelopt_ext import PackedLinear, SegLinear
+from modelopt_ext.compress import packed_spec
+from modelopt_ext.formats import QuantFormat
+from modelopt_ext.nn.packed import FORMATS, PackedSpec
+
+__all__ = ["REPORT_NAME", "ComponentReport", "LayerCounts", "QuantizationReport", "model_bytes", "packed_bytes"]
+
+REPORT_NAME = "segquant_report.json"
+"""File of the report in an exported directory."""
+
+_FORMAT_VERSION = 1
+_NAMES = {fmt.num_bits: name for name, fmt in FORMATS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCounts:
+    """How many Linears of a model have which formats.
+
+    Attributes:
+        linears: all of them.
+        quantized: those whose weight has codes.
+        segmented: of these, those with more than one input segment or output group.
+        weights: quantized Linears by the format of their weight, e.g. ``{"int8": 50, "int4 in groups of 32": 3}``.
+        activations: the same by that of their input, e.g. ``{"int8": 47, "int8 per token": 3, "float": 2}``.
+        polarity: input segments of quantized Linears by treatment: none, shift, dual, dual8; a shift goes with any of
+            the others and is counted apart.
+        smoothed, rotated, low_rank: quantized Linears with smoothing, a rotation, a low-rank branch.
+        others: quantizers of other layers (convolutions, attention products) that are on.
+    """
+
+    linears: int
+    quantized: int
+    segmented: int
+    weights: Mapping[str, int]
+    activations: Mapping[str, int]
+    polarity: Mapping[str, int]
+    smoothed: int
+    rotated: int
+    low_rank: int
+    others: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LayerCounts:
+        """Count the layers of a calibrated or packed model."""
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        layers = {name: layer for name, module in linears.items() if (layer := _describe(name, module)) is not None}
+        quantizers = [
+            name for name, part in model.named_modules() if isinstance(part, TensorQuantizer) and part.is_enabled
+        ]
+        return cls(
+            linears=len(linears),
+            quantized=len(layers),
+            segmented=sum(layer.segmented for layer in layers.values()),
+            weights=_counted(layer.weights for layer in layers.values()),
+            activations=_counted(layer.activations for layer in layers.values()),
+            polarity=_counted(tag for layer in layers.values() for tag in layer.polarity),
+            smoothed=sum(layer.smoothed for layer in layers.values()),
+            rotated=sum(layer.rotated for layer in layers.values()),
+            low_rank=sum(layer.low_rank for layer in layers.values()),
+            others=sum(not any(name.startswith(f"{linear}.") for linear in linears) for name in quantizers),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    weights: str
+    activations: str
+    polarity: tuple[str, ...]
+    segmented: bool
+    smoothed: bool
+    rotated: bool
+    low_rank: bool
+
+
+def _describe(name: str, module: Any) -> _Layer | None:
+    """The formats of a Linear, None if its weight is in full precision."""
+    if isinstance(module, PackedLinear):
+        return _of_spec(module.spec)
+    if not isinstance(module, QuantModule) or not _is_on(module.weight_quantizer):
+        return None
+    try:
+        return _of_spec(packed_spec(module))
+    except ValueError:  # no packed form, such as NVFP4 or a sequence of quantizers
+        pass
+    layout = module.layout if isinstance(module, SegLinear) else None
+    bank = module.input_quantizer
+    return _Layer(
+        weights=_format_name(module.weight_quantizer, f"{name}.weight_quantizer"),
+        activations=_format_name(bank, f"{name}.input_quantizer") if _is_on(bank) else "float",
+        polarity=_polarity(layout.polarity, bank.shift is not None) if layout is not None else ("none",),
+        segmented=layout is not None and len(layout.in_segments) * len(layout.out_groups) > 1,
+        smoothed=(bank.smoothing if layout is not None else bank.pre_quant_scale) is not None,
+        rotated=layout is not None and any(run > 1 for run in layout.rotation),
+        low_rank=layout is not None and module.weight_quantizer.up is not None,
+    )
+
+
+def _of_spec(spec: PackedSpec) -> _Layer:
+    layout = spec.layout
+    group = f" in groups of {spec.group}" if spec.group else ""
+    return _Layer(
+        weights=f"{spec.weights}{group}",
+        activations=f"{spec.activations}{' per token' if spec.per_token else ''}" if spec.activations else "float",
+        polarity=_polarity(layout.polarity, spec.shift),
+        segmented=len(layout.in_segments) * len(layout.out_groups) > 1,
+        smoothed=spec.smoothing,
+        rotated=any(run > 1 for run in layout.rotation),
+        low_rank=spec.rank > 0,
+    )
+
+
+def _polarity(tags: Iterable[str], shifted: bool) -> tuple[str, ...]:
+    return tuple("shift" if tag == "none" and shifted else tag for tag in tags)
+
+
+def _is_on(quantizer: Any) -> bool:
+    parts = [part for part in quantizer.modules() if isinstance(part, TensorQuantizer)]
+    return any(part.is_enabled for part in parts)
+
+
+def _format_name(quantizer: Any, where: str) -> str:
+    try:
+        fmt = QuantFormat.of(quantizer, where)
+    except ValueError:
+        return "other"
+    if fmt is None:
+        return "float"
+    if fmt.is_nvfp4:
+        return "nvfp4"
+    name = _NAMES.get(fmt.num_bits, f"{fmt.num_bits} bits")
+    return f"{name}{f' in groups of {fmt.group}' if fmt.group else ''}{' per token' if fmt.dynamic else ''}"
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, each once, wherever they are; ModelOpt's quantizers do not count."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model, ()))
+
+
+def packed_bytes(model: nn.Module) -> int | None:
+    """Bytes of the same model after ``modelopt_ext.compress``; None if it has no packed form. Nothing is computed."""
+    specs: dict[str, tuple[Any, PackedSpec]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and isinstance(module, QuantModule) and _is_on(module.weight_quantizer):
+            try:
+                specs[name] = module, packed_spec(module)
+            except ValueError:
+                return None
+    packed = 0
+    for module, spec in specs.values():
+        weight = module._parameters["weight"]
+        twin = PackedLinear(spec, module.bias is not None, weight.dtype, "meta")
+        packed += sum(tensor.numel() * tensor.element_size() for tensor in (*twin.parameters(), *twin.buffers()))
+    rest = _tensors(model, [module for module, _ in specs.values()])
+    return packed + sum(tensor.numel() * tensor.element_size() for tensor in rest)
+
+
+def _tensors(model: nn.Module, without: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers of a model but for those of some modules and of quantizers."""
+    left_out = {id(part) for module in without for part in module.modules()}
+    left_out |= {id(inner) for part in model.modules() if isinstance(part, TensorQuantizer) for inner in part.modules()}
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        if id(module) not in left_out:
+            found |= {id(t): t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
+    return list(found.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class ComponentReport:
+    """What became of one model of a pipeline.
+
+    Attributes:
+        name, model: component and class.
+        config_name: of the preset or file, ``custom`` for a dict.
+        config: the ModelOpt config, plain types.
+        parameters: of the original.
+        bytes_before: of the original's parameters and buffers.
+        bytes_after: the same packed, whether it was packed or not; None if it has no packed form.
+        layers: counts by format.
+        plan_summary: one line about the segments, None for another algorithm than SegQuant's.
+        plan: ``SegmentPlan.to_dict()``, None likewise.
+        calls: calibration calls, None if a loop of the caller's was used.
+        timesteps: distinct timesteps among them.
+        seconds: wall time of ``mtq.quantize``.
+        sqnr: SQNR of the output on held-out calls, dB; None where it was not asked for. Infinite for bit-equal outputs.
+        sqnr_by_timestep: the same for each timestep.
+    """
+
+    name: str
+    model: str
+    config_name: str
+    config: Mapping[str, Any]
+    parameters: int
+    bytes_before: int
+    bytes_after: int | None
+    layers: LayerCounts
+    plan_summary: str | None
+    plan: Mapping[str, Any] | None
+    calls: int | None
+    timesteps: int | None
+    seconds: float
+    sqnr: float | None = None
+    sqnr_by_timestep: Mapping[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationReport:
+    """What ``SegQuantizer.quantize`` did.
+
+    Attributes:
+        pipeline: class, or that of the model if it was quantized by itself.
+        components: one for each quantized model.
+        calibration: settings of the calibration data, plain types, with a hash in the place of the prompts; None if the
+            caller gave calls or a loop.
+        held_out: the same of the held-out data.
+        seconds: wall time by stage: ``load``, ``sample``, ``sample held-out``, ``quantize``, ``evaluate``, ``export``.
+        export: what was written: ``segquant``, ``native``, ``onnx``, ``tensorrt``; None for nothing.
+        exported_bytes: of the directory, None likewise.
+        versions: of the packages.
+    """
+
+    pipeline: str
+    components: tuple[ComponentReport, ...]
+    calibration: Mapping[str, Any] | None
+    held_out: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
+    export: str | None
+    exported_bytes: int | None
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON: tuples are lists, infinities and timesteps strings."""
+        return {"format": "segquant-report", "version": _FORMAT_VERSION, **_plain(dataclasses.asdict(self))}
+
+    def to_json(self) -> str:
+        """JSON text of :meth:`to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lines = []
+        for part in self.components:
+            counts = part.layers
+            sizes = f"{_mib(part.bytes_before)} -> {_mib(part.bytes_after)}" if part.bytes_after else "no packed form"
+            lines.append(
+                f"{part.name} ({part.model}), {part.config_name}: {counts.quantized} of {counts.linears} Linears "
+                f"quantized, {sizes}, {part.seconds:.1f} s"
+            )
+            for title, table in (
+                ("weights", counts.weights),
+                ("activations", counts.activations),
+                ("polarity of input segments", counts.polarity),
+            ):
+                if table:
+                    lines.append(f"  {title}: {', '.join(f'{count} {kind}' for kind, count in table.items())}")
+            if part.plan_summary:
+                lines.append(f"  plan: {part.plan_summary}")
+            if part.sqnr is not None:
+                lines.append(f"  held-out SQNR: {part.sqnr:.1f} dB")
+        if self.export is not None and self.exported_bytes is not None:
+            lines.append(f"written as {self.export}: {_mib(self.exported_bytes)}")
+        return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def model_class(model: nn.Module) -> str:
+    """Name of a model's own class; ModelOpt puts classes of its own in front of it."""
+    from modelopt.torch.opt.dynamic import DynamicModule
+
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, DynamicModule)).__name__
