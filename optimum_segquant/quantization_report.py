@@ -12,10 +12,11 @@ import torch
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 
-from modelopt_ext import PackedLinear, SegLinear
+from modelopt_ext import PackedLinear
 from modelopt_ext.compress import packed_spec
-from modelopt_ext.formats import QuantFormat
-from modelopt_ext.nn.packed import FORMATS, PackedSpec
+from modelopt_ext.nn.packed import PackedSpec
+
+from .layer_formats import is_on, layer_formats
 
 __all__ = ["REPORT_NAME", "ComponentReport", "LayerCounts", "QuantizationReport", "model_bytes", "packed_bytes"]
 
@@ -23,7 +24,6 @@ REPORT_NAME = "segquant_report.json"
 """File of the report in an exported directory."""
 
 _FORMAT_VERSION = 1
-_NAMES = {fmt.num_bits: name for name, fmt in FORMATS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LayerCounts:
     def of(cls, model: nn.Module) -> LayerCounts:
         """Count the layers of a calibrated or packed model."""
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        layers = {name: layer for name, module in linears.items() if (layer := _describe(name, module)) is not None}
+        layers = layer_formats(model)
         quantizers = [
             name for name, part in model.named_modules() if isinstance(part, TensorQuantizer) and part.is_enabled
         ]
@@ -75,76 +75,6 @@ class LayerCounts:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    weights: str
-    activations: str
-    polarity: tuple[str, ...]
-    segmented: bool
-    smoothed: bool
-    rotated: bool
-    low_rank: bool
-
-
-def _describe(name: str, module: Any) -> _Layer | None:
-    """The formats of a Linear, None if its weight is in full precision."""
-    if isinstance(module, PackedLinear):
-        return _of_spec(module.spec)
-    if not isinstance(module, QuantModule) or not _is_on(module.weight_quantizer):
-        return None
-    try:
-        return _of_spec(packed_spec(module))
-    except ValueError:  # no packed form, such as NVFP4 or a sequence of quantizers
-        pass
-    layout = module.layout if isinstance(module, SegLinear) else None
-    bank = module.input_quantizer
-    return _Layer(
-        weights=_format_name(module.weight_quantizer, f"{name}.weight_quantizer"),
-        activations=_format_name(bank, f"{name}.input_quantizer") if _is_on(bank) else "float",
-        polarity=_polarity(layout.polarity, bank.shift is not None) if layout is not None else ("none",),
-        segmented=layout is not None and len(layout.in_segments) * len(layout.out_groups) > 1,
-        smoothed=(bank.smoothing if layout is not None else bank.pre_quant_scale) is not None,
-        rotated=layout is not None and any(run > 1 for run in layout.rotation),
-        low_rank=layout is not None and module.weight_quantizer.up is not None,
-    )
-
-
-def _of_spec(spec: PackedSpec) -> _Layer:
-    layout = spec.layout
-    group = f" in groups of {spec.group}" if spec.group else ""
-    return _Layer(
-        weights=f"{spec.weights}{group}",
-        activations=f"{spec.activations}{' per token' if spec.per_token else ''}" if spec.activations else "float",
-        polarity=_polarity(layout.polarity, spec.shift),
-        segmented=len(layout.in_segments) * len(layout.out_groups) > 1,
-        smoothed=spec.smoothing,
-        rotated=any(run > 1 for run in layout.rotation),
-        low_rank=spec.rank > 0,
-    )
-
-
-def _polarity(tags: Iterable[str], shifted: bool) -> tuple[str, ...]:
-    return tuple("shift" if tag == "none" and shifted else tag for tag in tags)
-
-
-def _is_on(quantizer: Any) -> bool:
-    parts = [part for part in quantizer.modules() if isinstance(part, TensorQuantizer)]
-    return any(part.is_enabled for part in parts)
-
-
-def _format_name(quantizer: Any, where: str) -> str:
-    try:
-        fmt = QuantFormat.of(quantizer, where)
-    except ValueError:
-        return "other"
-    if fmt is None:
-        return "float"
-    if fmt.is_nvfp4:
-        return "nvfp4"
-    name = _NAMES.get(fmt.num_bits, f"{fmt.num_bits} bits")
-    return f"{name}{f' in groups of {fmt.group}' if fmt.group else ''}{' per token' if fmt.dynamic else ''}"
-
-
 def _counted(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values).most_common())
 
@@ -158,7 +88,7 @@ def packed_bytes(model: nn.Module) -> int | None:
     """Bytes of the same model after ``modelopt_ext.compress``; None if it has no packed form. Nothing is computed."""
     specs: dict[str, tuple[Any, PackedSpec]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and isinstance(module, QuantModule) and _is_on(module.weight_quantizer):
+        if isinstance(module, nn.Linear) and isinstance(module, QuantModule) and is_on(module.weight_quantizer):
             try:
                 specs[name] = module, packed_spec(module)
             except ValueError:
