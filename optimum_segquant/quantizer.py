@@ -35,12 +35,13 @@ from .calibration import CalibrationData, CalibrationSettings, held_out_prompts,
 from .calibration.identity import plain, settings_record
 from .checkpoints.native import export_native
 from .checkpoints.save import save_segquant
-from .components import choose_components
+from .components import choose_components, modules_of
 from .configs import NamedConfig, is_segquant, resolve_config, with_algorithm
 from .evaluation import RecordedCalls, VelocitySQNR, velocity_sqnr
 from .exporters import export_onnx, supported_pipelines
 from .files import check_replaceable, staged_directory
 from .pretrained import load_pretrained
+from .progress import written_bytes
 from .quantization_report import (
     REPORT_NAME,
     ComponentReport,
@@ -90,7 +91,7 @@ class QuantizationResult:
     directory: Path | None
 
 
-class SegQuantizer(OptimumQuantizer):  # type: ignore[misc]  # Optimum has no types
+class SegQuantizer(OptimumQuantizer):
     """Quantizes the models of a diffusers pipeline, or one model.
 
     Args:
@@ -269,17 +270,25 @@ class SegQuantizer(OptimumQuantizer):  # type: ignore[misc]  # Optimum has no ty
         return Path(save_dir)
 
     def _write(self, staged: Path, export: ExportFormat, progress: bool) -> None:
-        if export == "native":
-            export_native(self.model, staged)
-        elif export == "segquant":
+        if export in ("onnx", "tensorrt"):
+            self._write_onnx(staged, "tensorrt" if export == "tensorrt" else "onnxruntime", progress)
+            return
+        if export == "segquant":
             for part in self.components.values():
                 if not any(isinstance(module, PackedLinear) for module in part.modules()):
                     modelopt_ext.compress(part, progress=progress)
-            save_segquant(self.model, staged)
-        else:
-            self._write_onnx(staged, "tensorrt" if export == "tensorrt" else "onnxruntime")
+        with written_bytes(staged, self._expected_bytes(), progress=progress):
+            if export == "native":
+                export_native(self.model, staged)
+            else:
+                save_segquant(self.model, staged)
 
-    def _write_onnx(self, staged: Path, target: str) -> None:
+    def _expected_bytes(self) -> int:
+        """Of all models, quantized ones as they are packed."""
+        parts = self.components if isinstance(self.model, nn.Module) else modules_of(self.model)
+        return sum(packed_bytes(part) or model_bytes(part) for part in parts.values())
+
+    def _write_onnx(self, staged: Path, target: str, progress: bool) -> None:
         if not isinstance(self.model, nn.Module) and type(self.model).__name__ in supported_pipelines():
             export_onnx(self.model, staged, target=target)
             return
@@ -299,11 +308,8 @@ class SegQuantizer(OptimumQuantizer):  # type: ignore[misc]  # Optimum has no ty
 
     def _configs(self, config: ConfigSource | Mapping[str, ConfigSource]) -> dict[str, NamedConfig]:
         """A config for each component."""
-        own = isinstance(config, Mapping) and not {"quant_cfg", "preset", "algorithm"} & set(config)
-        if not own:
-            named = resolve_config(config)  # type: ignore[arg-type]
-            return dict.fromkeys(self.components, named)
-        assert isinstance(config, Mapping)
+        if not isinstance(config, Mapping) or {"quant_cfg", "preset", "algorithm"} & set(config):
+            return dict.fromkeys(self.components, resolve_config(config))
         for name in config:
             if name not in self.components:
                 raise ValueError(

@@ -5,15 +5,32 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
+    ControlNetModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 WORDS = "a large small red green blue circle square triangle left right of above below on".split()
 
@@ -127,6 +144,116 @@ def tiny_sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_controlnet_pipeline(seed: int = 0) -> StableDiffusionControlNetPipeline:
+    """The same with a ControlNet, whose output convolutions are random where a fresh one's are zero."""
+    base = tiny_sd_pipeline(seed)
+    controlnet = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 8)).eval()
+    torch.manual_seed(seed)
+    for layer in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    pipeline = StableDiffusionControlNetPipeline(
+        **base.components, controlnet=controlnet, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """A Stable Diffusion XL pipeline: two text encoders, sizes and pooled text added to the time embedding."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=1,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+        norm_num_groups=4,
+    ).eval()
+    pipeline = StableDiffusionXLPipeline(
+        unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_text_config()).eval(),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config()).eval(),
+        tokenizer_2=tiny_tokenizer(),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
+    """A FLUX.1 pipeline: CLIP and T5, one double and two single blocks."""
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    ).eval()
+    text = T5Config(
+        vocab_size=32, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_text_config()).eval(),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=T5EncoderModel(text).eval(),
+        tokenizer_2=tiny_tokenizer(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_wan_pipeline(seed: int = 0, boundary: float = 0.9) -> WanPipeline:
+    """A Wan 2.2 pipeline: one transformer for the noisy steps, another one below ``boundary``; two calls a step."""
+    torch.manual_seed(seed)
+
+    def transformer() -> WanTransformer3DModel:
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=16,
+            out_channels=16,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=64,
+            num_layers=1,
+            rope_max_seq_len=32,
+        ).eval()
+
+    text = UMT5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    pipeline = WanPipeline(
+        transformer=transformer(),
+        transformer_2=transformer(),
+        boundary_ratio=boundary,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKLWan(
+            base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ),
+        text_encoder=UMT5EncoderModel(text).eval(),
+        tokenizer=tiny_tokenizer(),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -112,7 +112,7 @@ def _model(module: nn.Module) -> dict[str, str]:
 
 def _config(part: Any) -> Any:
     """A component's config without where it was loaded from and by what version."""
-    config = getattr(part, "config", None)
+    config: Any = getattr(part, "config", None)
     if hasattr(config, "to_dict"):
         config = config.to_dict()
     if not isinstance(config, Mapping):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..components import choose_components, denoisers_of
 from ..evaluation import DenoiserCall
 from ..evaluation.recorder import CallRecorder, StepClock
-from ..evaluation.sampling import run_pipeline
+from ..evaluation.sampling import run_pipeline, takes_prompts
 from .cache import CachedCalls, CalibrationCache
 from .identity import identity
 from .settings import CalibrationBatch, CalibrationSettings
@@ -72,7 +72,8 @@ def record_calibration(
     the last step that is kept; images are not decoded.
 
     Args:
-        pipeline: a diffusers pipeline that takes prompts.
+        pipeline: a diffusers pipeline. One that takes no prompts gets what it takes instead from ``per_prompt_kwargs``
+            of the settings, such as ``class_labels``.
         settings: what to sample; by default the package's prompts, 8 steps of each trajectory.
         components: models to record, see :func:`optimum_segquant.components.choose_components`; several are recorded in
             one run.
@@ -114,8 +115,8 @@ def record_calibration(
     ) as bar:
         for batch in missing:
             target = bar.n + steps
-            for name, calls in sampler.sample(batch, bar).items():
-                cache.write(name, batch.number, calls)
+            for name, sampled in sampler.sample(batch, bar).items():
+                cache.write(name, batch.number, sampled)
             bar.update(target - bar.n)
     numbers = [batch.number for batch in wanted]
     calls = {name: CachedCalls(name, cache.shards(name, numbers), progress=progress, keep=temporary) for name in chosen}
@@ -129,7 +130,7 @@ def resolved(settings: CalibrationSettings, pipeline: Any) -> CalibrationSetting
     """The settings with the pipeline's own number of steps where they have none, checked against it.
 
     Raises:
-        ValueError: neither has a number, or the steps to keep do not fit.
+        ValueError: neither has a number, the steps to keep do not fit, or the pipeline takes no prompts.
     """
     total = settings.num_inference_steps
     if total is None:
@@ -139,6 +140,11 @@ def resolved(settings: CalibrationSettings, pipeline: Any) -> CalibrationSetting
             raise ValueError(
                 f"{type(pipeline).__name__} has no default for num_inference_steps: set it in the calibration settings"
             )
+    if not takes_prompts(pipeline) and not settings.per_prompt_kwargs:
+        raise ValueError(
+            f"{type(pipeline).__name__} takes no prompt: give what it takes instead, one value a prompt, in "
+            "per_prompt_kwargs"
+        )
     settings.kept_steps(0, total)
     return dataclasses.replace(settings, num_inference_steps=total)
 
@@ -202,6 +208,7 @@ class _Sampler:
                     batch.prompts,
                     seeds=batch.seeds,
                     batch_size=len(batch.prompts),
+                    by_prompt=takes_prompts(self._pipeline),
                     num_inference_steps=settings.num_inference_steps,
                     output_type="latent",
                     **batch.call_kwargs,

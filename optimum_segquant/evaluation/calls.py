@@ -58,13 +58,8 @@ class RecordedCalls(ABC):
         Yields:
             The recorded call and the first output of ``denoiser``, in its own dtype and on its own device.
         """
-        device = execution_device(denoiser)
         for call in self:
-            # A fresh copy each time: a model that writes to its inputs must not change the recording.
-            inputs = map_tensors(call.inputs, lambda t: t.to(device, copy=True))
-            with evaluation_mode(denoiser), torch.no_grad():
-                output = first_tensor(denoiser(**inputs))
-            yield call, output
+            yield call, run_call(denoiser, call)
 
     def forward_loop(self, denoiser: nn.Module) -> None:
         """Run the denoiser over all recorded inputs: the ``forward_loop`` argument of ``mtq.quantize``.
@@ -104,6 +99,22 @@ class Trajectories(RecordedCalls, Sequence[DenoiserCall]):
 def distinct_timesteps(timesteps: Iterable[float]) -> tuple[float, ...]:
     """Each once, from noise to image, without the NaN of calls that have none."""
     return tuple(sorted({timestep for timestep in timesteps if not math.isnan(timestep)}, reverse=True))
+
+
+def run_call(denoiser: nn.Module, call: DenoiserCall) -> Tensor:
+    """Make one recorded call again, in eval mode and without gradients.
+
+    Args:
+        denoiser: with the recorded one's parameters, on any device.
+        call: its inputs are copied: a model that writes to them does not change the recording.
+
+    Returns:
+        The first output, in the model's own dtype and on its own device.
+    """
+    device = execution_device(denoiser)
+    inputs = map_tensors(call.inputs, lambda tensor: tensor.to(device, copy=True))
+    with evaluation_mode(denoiser), torch.no_grad():
+        return first_tensor(denoiser(**inputs))
 
 
 def execution_device(module: nn.Module) -> torch.device:

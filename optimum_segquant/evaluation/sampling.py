@@ -92,6 +92,12 @@ def undisturbed(pipeline: Any) -> Iterator[None]:
                 vars(pipeline).pop("_progress_bar_config", None)
 
 
+def takes_prompts(pipeline: Any) -> bool:
+    """Whether a pipeline is called with prompts."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return "prompt" in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
 def run_pipeline(
     pipeline: Any,
     prompts: Sequence[str],
@@ -99,6 +105,7 @@ def run_pipeline(
     seeds: int | Sequence[int],
     batch_size: int,
     before_batch: Callable[[], None] | None = None,
+    by_prompt: bool = True,
     **call_kwargs: Any,
 ) -> list[Any]:
     """Call ``pipeline`` on all prompts in batches and return the first output of each batch.
@@ -112,6 +119,8 @@ def run_pipeline(
         seeds: see :func:`resolve_seeds`.
         batch_size: prompts per pipeline call.
         before_batch: called just before each pipeline call.
+        by_prompt: give the prompts to the pipeline; False for one that takes none, whose arguments say what each of the
+            ``prompts``, then no more than labels, stands for.
         call_kwargs: passed on to the pipeline, for example ``guidance_scale`` or ``num_inference_steps``.
 
     Raises:
@@ -126,9 +135,7 @@ def run_pipeline(
             raise ValueError(
                 f"{reserved!r} is set here: give prompts and seeds instead of pipeline argument {reserved!r}"
             )
-    parameters = inspect.signature(pipeline.__call__).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if "prompt" not in parameters and not takes_any:
+    if by_prompt and not takes_prompts(pipeline):
         raise ValueError(f"{type(pipeline).__name__} takes no prompt: only text-conditioned pipelines can be evaluated")
     outputs = []
     with isolated_rng(seed_list[0]), undisturbed(pipeline), torch.no_grad():
@@ -138,5 +145,6 @@ def run_pipeline(
             if before_batch is not None:
                 before_batch()
             logger.debug("pipeline call for prompts %d to %d of %d", start, start + len(batch) - 1, len(prompts))
-            outputs.append(pipeline(prompt=batch, generator=generators, return_dict=False, **call_kwargs)[0])
+            conditions = {"prompt": batch, **call_kwargs} if by_prompt else call_kwargs
+            outputs.append(pipeline(generator=generators, return_dict=False, **conditions)[0])
     return outputs
