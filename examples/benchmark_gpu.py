@@ -99,7 +99,7 @@ def ways(m: int, k: int, n: int, device: torch.device) -> dict[str, Callable[[in
 
     def dual8(i: int) -> Tensor:
         i, other = i % copies, (i + 1) % copies
-        return scaled_mm(a[i], b[i], one, scale, bias, -128, sums[i], a[other], one, -1, half)
+        return scaled_mm(a[i], b[i], one, scale, bias, -128, sums[i], a[other], one, -1, out_dtype=half)
 
     def fp8(i: int, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None) -> Tensor:
         i %= copies

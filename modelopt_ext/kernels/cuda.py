@@ -1,7 +1,8 @@
 """Fast products of codes on CUDA devices, and what they need.
 
-Int8 codes go to a Triton kernel, E4M3 codes to ``torch._scaled_mm``. What a device or a size lacks is found out by
-trying or by the operands, never by the GPU's name, and falls back to the reference, which a log line says once.
+Int8 codes go to Triton kernels, E4M3 codes to ``torch._scaled_mm`` (few rows: to Triton, too). What a device or a size
+lacks is found out by trying or by the operands, never by the GPU's name, and falls back to the reference, which a log
+line says once.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 logger = logging.getLogger(__name__)
 
 # cuBLAS takes E4M3 matrices with sizes that are multiples of this.
 FP8_MULTIPLE = 16
+# Tiles of few rows lie in one group of columns each; the narrowest has this many.
+NARROWEST_TILE = 16
 
 
 @torch.compiler.assume_constant_result
 @cache
 def has_triton() -> bool:
-    """Whether the Triton kernel can be used; registers its operator."""
+    """Whether the Triton kernels can be used; registers their operator."""
     try:
         from . import triton_gemm  # noqa: F401
     except ImportError:
@@ -43,6 +45,11 @@ def fp8_fits(device: int, rows: int, channels: int) -> bool:
             FP8_MULTIPLE,
         )
         return False
+    return _multiplies_fp8(device)
+
+
+@cache
+def _multiplies_fp8(device: int) -> bool:
     ones = torch.ones(FP8_MULTIPLE, 1, device=f"cuda:{device}")
     codes = torch.zeros(FP8_MULTIPLE, FP8_MULTIPLE, device=f"cuda:{device}").to(torch.float8_e4m3fn)
     try:
@@ -51,6 +58,35 @@ def fp8_fits(device: int, rows: int, channels: int) -> bool:
         logger.warning("segquant: no E4M3 products here (%s); using the slow reference product", error)
         return False
     return True
+
+
+def code_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    zero: int,
+    sum_b: Tensor | None,
+    a2: Tensor | None,
+    scale_a2: Tensor | None,
+    sign: int,
+    groups: int,
+    start: int,
+    size: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """:func:`modelopt_ext.kernels.scaled_mm` by the Triton kernels of :mod:`.triton_gemm`."""
+    from . import triton_gemm
+
+    # The operator is for those who look at it: compilers, tracers. By itself it costs more time than the launch.
+    gemm = triton_gemm.launch_gemm if launches_directly() else torch.ops.segquant.code_gemm
+    return gemm(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype)
+
+
+def launches_directly() -> bool:
+    """Whether nothing traces or compiles what runs."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def fp8_gemm(
@@ -62,13 +98,17 @@ def fp8_gemm(
     second: tuple[Tensor, Tensor, int] | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`modelopt_ext.kernels.scaled_mm` of E4M3 codes; each product is rounded to bfloat16."""
+    """:func:`modelopt_ext.kernels.scaled_mm` of E4M3 codes; each product is rounded to bfloat16.
+
+    Sums run in the tensor cores' own accumulators (``use_fast_accum``), which keep 14 bits or more of each partial sum:
+    30 dB below the rounding of the codes.
+    """
     half = torch.bfloat16
     if second is None and out_dtype == half:
         return _row_wise(a, b, scale_a, scale_b, None if bias is None else bias.to(half))
     total = _row_wise(a, b, scale_a, scale_b, None).float()
     if second is not None:
-        # No kernel shares the weight between two E4M3 products.
+        # No kernel shares the weight between two E4M3 products of many rows.
         a2, scale_a2, sign = second
         total = total + sign * _row_wise(a2, b, scale_a2, scale_b, None).float()
     return (total if bias is None else total + bias).to(out_dtype)
@@ -76,17 +116,12 @@ def fp8_gemm(
 
 def _row_wise(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> Tensor:
     """One product with a scale per row of ``a`` and of ``b``, (M, N) bfloat16."""
-    rows = a.shape[0]
-    # cuBLAS refuses some products of one row.
-    missing = max(FP8_MULTIPLE - rows, 0)
-    codes = pad(a.view(torch.int8), (0, 0, 0, missing)).view(a.dtype) if missing else a.contiguous()
-    scales = scale_a.expand(rows, 1)
-    product = torch._scaled_mm(
-        codes,
-        b.contiguous().t(),
-        scale_a=pad(scales, (0, 0, 0, missing)).contiguous(),
+    return torch._scaled_mm(
+        a if a.stride(1) == 1 else a.contiguous(),
+        (b if b.stride(1) == 1 else b.contiguous()).t(),
+        scale_a=scale_a.expand(a.shape[0], 1).contiguous(),
         scale_b=scale_b.reshape(1, -1).contiguous(),
         bias=bias,
         out_dtype=torch.bfloat16,
+        use_fast_accum=True,
     )
-    return product[:rows]

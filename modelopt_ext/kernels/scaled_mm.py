@@ -13,6 +13,8 @@ from . import cuda
 
 # Sums of that many products of int8 codes stay below 2^24, where float32 counts in ones.
 EXACT_CHANNELS = 1024
+# Rows a group up to which a GPU is bound by reading the weight.
+FEW_ROWS = 64
 
 
 def scaled_mm(
@@ -26,11 +28,15 @@ def scaled_mm(
     a2: Tensor | None = None,
     scale_a2: Tensor | None = None,
     sign: int = 1,
+    groups: int = 1,
+    segment: slice | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``(scale_a * ((a - zero) . b^T) + sign * scale_a2 * ((a2 - zero) . b^T)) * scale_b + bias``.
 
-    Products are summed in int32 (integers) or float32 (E4M3).
+    Products are summed in int32 (integers) or float32 (E4M3). With G ``groups``, the N outputs are cut into G equal
+    groups, each with activation codes of its own: a is (G M, K), group after group, and so are the other operands that
+    have a's rows; G scales stand for one a group.
 
     Args:
         a: activations' codes, (M, K), int8 or float8_e4m3fn.
@@ -43,6 +49,9 @@ def scaled_mm(
         a2: a second matrix like ``a`` that is multiplied with the same ``b``, or None.
         scale_a2: its scale, of ``scale_a``'s shape.
         sign: 1 or -1, for its product.
+        groups: G, which divides M and N.
+        segment: the channels to multiply, from start to stop; all by default. Matrices that come whole need no copy of
+            a part, and the compiler rounds all of a row at once.
         out_dtype: float32 by default.
 
     Returns:
@@ -51,15 +60,59 @@ def scaled_mm(
     Raises:
         ValueError: operands that do not go together.
     """
-    check(a, b, zero, sum_b, a2, scale_a2)
+    check(a, b, zero, sum_b, a2, scale_a2, groups)
     wanted = out_dtype or torch.float32
-    if a.is_cuda:
-        if a.dtype == torch.int8 and cuda.has_triton():
-            return torch.ops.segquant.int8_gemm(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, wanted)
-        if a.dtype == torch.float8_e4m3fn and cuda.fp8_fits(a.device.index or 0, b.shape[0], b.shape[1]):
-            second = None if a2 is None or scale_a2 is None else (a2, scale_a2, sign)
-            return cuda.fp8_gemm(a, b, scale_a, scale_b, bias, second, wanted)
-    return reference(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign).to(wanted)
+    start, size = (0, a.shape[1]) if segment is None else (segment.start, segment.stop - segment.start)
+    operands = (a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
+    if not a.is_cuda or not _fits_kernels(a, b, size):
+        return reference(*operands).to(wanted)
+    few = a.shape[0] <= groups * FEW_ROWS and cuda.has_triton()
+    if groups > 1 and not (few and (b.shape[0] // groups) % cuda.NARROWEST_TILE == 0):
+        return _group_by_group(*operands, wanted)
+    if a.dtype == torch.int8 or few or (size < a.shape[1] and cuda.has_triton()):
+        return cuda.code_gemm(*operands, wanted)
+    second = None if a2 is None or scale_a2 is None else (a2[:, segment or slice(None)], scale_a2, sign)
+    a, b = (a, b) if segment is None else (a[:, segment], b[:, segment])
+    return cuda.fp8_gemm(a, b, scale_a, scale_b, bias, second, wanted)
+
+
+def _fits_kernels(a: Tensor, b: Tensor, channels: int) -> bool:
+    """Whether a GPU has a fast product of these codes over so many channels."""
+    if a.dtype == torch.int8:
+        return cuda.has_triton()
+    return cuda.fp8_fits(a.device.index or 0, b.shape[0], channels)
+
+
+def _group_by_group(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    zero: int,
+    sum_b: Tensor | None,
+    a2: Tensor | None,
+    scale_a2: Tensor | None,
+    sign: int,
+    groups: int,
+    start: int,
+    size: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """:func:`scaled_mm` as one product a group."""
+    segment = slice(start, start + size)
+
+    def parts(x: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None,) * groups if x is None else x.chunk(groups)
+
+    operands = zip(*map(parts, (a, b, scale_a, scale_b, bias, sum_b, a2, scale_a2)), strict=True)
+    return torch.cat(
+        [
+            scaled_mm(x, w, sx, sw, c, zero, total, x2, sx2, sign, 1, segment, out_dtype)  # type: ignore[arg-type]
+            for x, w, sx, sw, c, total, x2, sx2 in operands
+        ],
+        dim=1,
+    )
 
 
 @torch.library.custom_op("segquant::scaled_mm", mutates_args=())
@@ -74,42 +127,72 @@ def reference(
     a2: Tensor | None = None,
     scale_a2: Tensor | None = None,
     sign: int = 1,
+    groups: int = 1,
+    start: int = 0,
+    size: int = -1,
 ) -> Tensor:
-    """:func:`scaled_mm` in plain torch, float32."""
-    total = _product(a, b, zero, sum_b) * scale_a
+    """:func:`scaled_mm` in plain torch, float32, over ``size`` channels (-1: all that follow) from ``start`` on."""
+    channels = slice(start, start + size if size >= 0 else None)
+    b = b[:, channels]
+    total = _product(a[:, channels], b, zero, sum_b, groups) * _by_group(scale_a, groups)
     if a2 is not None and scale_a2 is not None:
-        total = total + sign * (_product(a2, b, zero, sum_b) * scale_a2)
-    total = total * scale_b
+        total = total + sign * (_product(a2[:, channels], b, zero, sum_b, groups) * _by_group(scale_a2, groups))
+    # (G, M, N / G) to (M, N).
+    total = total.transpose(0, 1).flatten(1) * scale_b
     return total if bias is None else total + bias
 
 
-def _product(a: Tensor, b: Tensor, zero: int, sum_b: Tensor | None) -> Tensor:
-    """``(a - zero) . b^T``, float32."""
+def _by_group(rows: Tensor, groups: int) -> Tensor:
+    """(G M, n) to (G, M, n)."""
+    return rows.unflatten(0, (groups, -1))
+
+
+def _product(a: Tensor, b: Tensor, zero: int, sum_b: Tensor | None, groups: int) -> Tensor:
+    """``(a - zero) . b^T`` of each group, (G, M, N / G) float32."""
+    a, b = _by_group(a, groups), _by_group(b, groups)
     if a.dtype != torch.int8:
-        return a.float() @ b.float().t()
+        return a.float() @ b.float().mT
     product = _integer_product(a, b)
-    return (product - zero * sum_b if zero and sum_b is not None else product).float()
+    if zero and sum_b is not None:
+        product = product - zero * sum_b.reshape(groups, 1, -1)
+    return product.float()
 
 
 def _integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """a . b^T of int8 matrices in int32, exact, by float32 products.
+    """a . b^T of int8 matrices (G, M, K) and (G, n, K) in int32, exact, by float32 products.
 
     Float products are what CPUs without 8-bit instructions are fast at (``torch._int_mm`` is 30 times slower there),
     and GPUs have no int8 product for every size.
     """
-    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    for start in range(0, a.shape[1], EXACT_CHANNELS):
+    total = torch.zeros(*a.shape[:2], b.shape[1], dtype=torch.int32, device=a.device)
+    for start in range(0, a.shape[2], EXACT_CHANNELS):
         chunk = slice(start, start + EXACT_CHANNELS)
-        total += (a[:, chunk].float() @ b[:, chunk].float().t()).to(torch.int32)
+        total += (a[..., chunk].float() @ b[..., chunk].float().mT).to(torch.int32)
     return total
 
 
 @reference.register_fake
-def _(a: Tensor, b: Tensor, *rest: object, **named: object) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.float32)
+def _(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    zero: int = 0,
+    sum_b: Tensor | None = None,
+    a2: Tensor | None = None,
+    scale_a2: Tensor | None = None,
+    sign: int = 1,
+    groups: int = 1,
+    start: int = 0,
+    size: int = -1,
+) -> Tensor:
+    return a.new_empty((a.shape[0] // groups, b.shape[0]), dtype=torch.float32)
 
 
-def check(a: Tensor, b: Tensor, zero: int, sum_b: Tensor | None, a2: Tensor | None, scale_a2: Tensor | None) -> None:
+def check(
+    a: Tensor, b: Tensor, zero: int, sum_b: Tensor | None, a2: Tensor | None, scale_a2: Tensor | None, groups: int
+) -> None:
     """Raise ValueError for operands that do not go together."""
     if a.dtype != b.dtype or a.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"scaled_mm multiplies int8 by int8 or float8_e4m3fn by the same, got {a.dtype} by {b.dtype}")
@@ -117,3 +200,5 @@ def check(a: Tensor, b: Tensor, zero: int, sum_b: Tensor | None, a2: Tensor | No
         raise ValueError("scaled_mm: only integer codes have a zero point, and it needs sum_b")
     if (a2 is None) != (scale_a2 is None) or (a2 is not None and (a2.dtype != a.dtype or a2.shape != a.shape)):
         raise ValueError("scaled_mm: a2 needs a's dtype and shape, and scale_a2")
+    if groups < 1 or a.shape[0] % groups or b.shape[0] % groups:
+        raise ValueError(f"scaled_mm: {groups} groups do not divide {a.shape[0]} rows and {b.shape[0]} outputs")

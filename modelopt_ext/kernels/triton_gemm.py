@@ -1,14 +1,23 @@
-"""Products of int8 codes on a GPU: a Triton kernel with the scales in its epilogue.
+"""Products of 8-bit codes on a GPU: Triton kernels with the scales in their epilogue.
 
-One kernel serves all cases, by compile-time switches: tensor-memory-accelerator or pointer loads, scales per token or
-for all, and a second activation operand that shares each weight tile (both signs of a split segment cost one read of
-the weight, which is all that counts where rows are few).
+Two kernels, each for int8 and E4M3 codes:
 
-Tiles are walked in groups of ``GROUP_M`` row tiles, so that the weight tiles of a group stay in the L2 cache.
+- :func:`_tiles`, for many rows. As many programs as the GPU holds at once walk over the tiles of the output, in groups
+  of ``GROUP_M`` row tiles, so that the weight tiles of a group stay in the L2 cache. The loop over tiles and the one
+  over channels are flattened into one, so that the loads of the next tile run under the epilogue of this one; with two
+  small programs on each multiprocessor, one multiplies while the other writes. The epilogue goes in two halves, which
+  keeps its registers low enough for that.
+- :func:`_few_rows`, for up to about :data:`FEW_ROWS` rows, where all that counts is how fast the weight is read. The
+  smallest tile of the matrix units has 16 rows anyway, so both signs of a split segment (arXiv 2507.14811, DualScale)
+  share one tile, and the second product costs nothing.
+
+Loads go through tensor-memory-accelerator descriptors where the GPU has them, else through pointers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,48 +26,93 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-# Rows up to which the product is bound by reading the weight: the smallest tile that the matrix units take.
-FEW_ROWS = 16
+from .scaled_mm import FEW_ROWS
+
+# Rows of the smallest tile that the matrix units take.
+TILE_ROWS = 16
 
 
-def _configs() -> list[triton.Config]:
-    tiles = [  # (rows, columns, channels, warps, stages)
-        (128, 256, 128, 8, 3),
-        (256, 128, 128, 8, 3),
-        (128, 128, 128, 8, 4),
-        (128, 128, 64, 4, 5),
-        (64, 128, 128, 4, 4),
-        (16, 64, 256, 4, 5),
-        (16, 32, 512, 4, 4),
-    ]
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in tiles
-    ]
+def _config(sizes: tuple[int, int, int], warps: int, stages: int, per_sm: int) -> triton.Config:
+    m, n, k = sizes
+    return triton.Config(
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "PER_SM": per_sm}, num_warps=warps, num_stages=stages
+    )
 
 
-def _fitting(configs: list[triton.Config], named_args: dict[str, object], **kwargs: object) -> list[triton.Config]:
+# (rows, columns, channels), warps, stages, programs on a multiprocessor.
+WITH_TMA = [
+    _config((128, 128, 128), 4, 3, 2),
+    _config((128, 256, 128), 8, 3, 1),
+    _config((64, 128, 128), 4, 4, 2),
+    _config((128, 128, 128), 8, 3, 1),
+]
+WITH_POINTERS = [
+    _config((128, 128, 64), 4, 4, 2),
+    _config((128, 256, 64), 8, 3, 1),
+    _config((64, 128, 64), 4, 4, 2),
+    _config((128, 128, 64), 8, 3, 1),
+]
+SMALL_ROWS = 1024  # up to which tiles of 64 rows are tried: the others leave multiprocessors idle
+
+
+def _fitting(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
     """Leave out tiles that only waste time at this size."""
-    rows, dual = named_args["M"], kwargs.get("DUAL", named_args.get("DUAL"))
-    assert isinstance(rows, int)
-    chosen = []
-    for config in configs:
-        few = config.kwargs["BLOCK_M"] == FEW_ROWS
-        # Two accumulators of the largest tiles do not fit into the registers.
-        large = config.kwargs["BLOCK_M"] * config.kwargs["BLOCK_N"] > 128 * 128
-        if few == (rows <= 4 * FEW_ROWS) and not (dual and large):
-            chosen.append(config)
-    return chosen
+    arguments = {**named_args, **kwargs}
+    mine = WITH_TMA if arguments["TMA"] else WITH_POINTERS
+    small, large = mine[2], [mine[0], mine[1]]
+    if arguments["DUAL"]:
+        # Two accumulators of a tile share the registers: eight warps have enough for 128 x 128.
+        return [small] if arguments["ROWS"] <= small.kwargs["BLOCK_M"] else [mine[3]]
+    return (
+        [small]
+        if arguments["ROWS"] <= small.kwargs["BLOCK_M"]
+        else [
+            *large,
+            *([small] if arguments["ROWS"] <= SMALL_ROWS else []),
+        ]
+    )
+
+
+@triton.jit
+def _outputs(
+    total,
+    total2,
+    scale_a,
+    scale_a2,
+    columns,
+    N,
+    scale_b_ptr,
+    bias_ptr,
+    sum_b_ptr,
+    ZERO: tl.constexpr,
+    SIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DUAL: tl.constexpr,
+):
+    """The epilogue: float32 outputs of sums of products."""
+    inside = columns < N
+    if ZERO != 0:
+        constant = ZERO * tl.load(sum_b_ptr + columns, mask=inside, other=0)[None, :]
+        total = total - constant
+        if DUAL:
+            total2 = total2 - constant
+    out = total.to(tl.float32) * scale_a
+    if DUAL:
+        out = out + SIGN * (total2.to(tl.float32) * scale_a2)
+    out = out * tl.load(scale_b_ptr + columns, mask=inside, other=0.0)[None, :]
+    if HAS_BIAS:
+        out = out + tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return out
 
 
 @triton.autotune(
-    configs=_configs(),
+    configs=[*WITH_TMA, *WITH_POINTERS],
     key=["ROWS", "N", "K", "TMA", "DUAL"],
     prune_configs_by={"early_config_prune": _fitting},
     cache_results=True,
 )
 @triton.jit
-def _gemm(
+def _tiles(
     a_ptr,
     a2_ptr,
     b_ptr,
@@ -74,8 +128,9 @@ def _gemm(
     stride_a,
     stride_a2,
     stride_b,
-    stride_out,
+    START,
     ROWS,
+    PROCESSORS: tl.constexpr,
     ZERO: tl.constexpr,
     SIGN: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -86,85 +141,222 @@ def _gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PER_SM: tl.constexpr,
 ):
-    tile = tl.program_id(0)
+    HALF: tl.constexpr = BLOCK_N // 2
+    a_ptr += START
+    a2_ptr += START
+    b_ptr += START
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(K, BLOCK_K)
     in_group = GROUP_M * tiles_n
-    first_m = (tile // in_group) * GROUP_M
-    group_m = min(tiles_m - first_m, GROUP_M)
-    row = (first_m + (tile % in_group) % group_m) * BLOCK_M
-    column = ((tile % in_group) // group_m) * BLOCK_N
-
-    rows = row + tl.arange(0, BLOCK_M)
-    columns = column + tl.arange(0, BLOCK_N)
-    channels = tl.arange(0, BLOCK_K)
     if TMA:
         a_tiles = tl.make_tensor_descriptor(a_ptr, [M, K], [stride_a, 1], [BLOCK_M, BLOCK_K])
         b_tiles = tl.make_tensor_descriptor(b_ptr, [N, K], [stride_b, 1], [BLOCK_N, BLOCK_K])
+        out_tiles = tl.make_tensor_descriptor(out_ptr, [M, N], [N, 1], [BLOCK_M, HALF])
         if DUAL:
             a2_tiles = tl.make_tensor_descriptor(a2_ptr, [M, K], [stride_a2, 1], [BLOCK_M, BLOCK_K])
-    # Rows and columns past the end read the last ones; they are masked when stored.
-    a_rows = tl.minimum(rows, M - 1).to(tl.int64)[:, None]
-    b_rows = tl.minimum(columns, N - 1).to(tl.int64)[:, None]
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    if DUAL:
-        total2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for k in range(0, K, BLOCK_K):
-        if TMA:
-            a = a_tiles.load([row, k])
-            b = b_tiles.load([column, k])
-            if DUAL:
-                a2 = a2_tiles.load([row, k])
+    channels = tl.arange(0, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROCESSORS * PER_SM, flatten=True):
+        first_m = (tile // in_group) * GROUP_M
+        group_m = min(tiles_m - first_m, GROUP_M)
+        row = (first_m + (tile % in_group) % group_m) * BLOCK_M
+        column = ((tile % in_group) // group_m) * BLOCK_N
+        rows = row + tl.arange(0, BLOCK_M)
+        # Rows and columns past the end read the last ones; they are not stored.
+        a_rows = tl.minimum(rows, M - 1).to(tl.int64)[:, None]
+        b_rows = tl.minimum(column + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)[:, None]
+        if a_ptr.dtype.element_ty == tl.int8:
+            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
         else:
-            inside = (k + channels < K)[None, :]
-            a = tl.load(a_ptr + a_rows * stride_a + (k + channels)[None, :], mask=inside, other=0)
-            b = tl.load(b_ptr + b_rows * stride_b + (k + channels)[None, :], mask=inside, other=0)
+            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        total2 = total
+        for step in range(steps):
+            k = step * BLOCK_K
+            if TMA:
+                a = a_tiles.load([row, k])
+                b = b_tiles.load([column, k])
+                if DUAL:
+                    a2 = a2_tiles.load([row, k])
+            else:
+                inside = (k + channels < K)[None, :]
+                a = tl.load(a_ptr + a_rows * stride_a + (k + channels)[None, :], mask=inside, other=0.0)
+                b = tl.load(b_ptr + b_rows * stride_b + (k + channels)[None, :], mask=inside, other=0.0)
+                if DUAL:
+                    a2 = tl.load(a2_ptr + a_rows * stride_a2 + (k + channels)[None, :], mask=inside, other=0.0)
+            total = tl.dot(a, b.T, total, out_dtype=total.dtype)
             if DUAL:
-                a2 = tl.load(a2_ptr + a_rows * stride_a2 + (k + channels)[None, :], mask=inside, other=0)
-        total = tl.dot(a, b.T, total, out_dtype=tl.int32)
-        if DUAL:
-            total2 = tl.dot(a2, b.T, total2, out_dtype=tl.int32)
+                total2 = tl.dot(a2, b.T, total2, out_dtype=total.dtype)
 
-    scale_b = tl.load(scale_b_ptr + columns, mask=columns < N, other=0.0)[None, :]
-    if ZERO != 0:
-        constant = ZERO * tl.load(sum_b_ptr + columns, mask=columns < N, other=0)[None, :]
-        total = total - constant
-        if DUAL:
-            total2 = total2 - constant
-    if PER_TOKEN:  # noqa: SIM108
-        scale_a = tl.load(scale_a_ptr + rows, mask=rows < M, other=0.0)[:, None]
-    else:
-        scale_a = tl.load(scale_a_ptr)
-    out = total.to(tl.float32) * scale_a
-    if DUAL:
         if PER_TOKEN:
+            scale_a = tl.load(scale_a_ptr + rows, mask=rows < M, other=0.0)[:, None]
             scale_a2 = tl.load(scale_a2_ptr + rows, mask=rows < M, other=0.0)[:, None]
         else:
+            scale_a = tl.load(scale_a_ptr)
             scale_a2 = tl.load(scale_a2_ptr)
-        out = out + SIGN * (total2.to(tl.float32) * scale_a2)
-    out = out * scale_b
+        left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        if DUAL:
+            left2, right2 = tl.split(tl.permute(tl.reshape(total2, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        else:
+            left2, right2 = left, right
+        for half in tl.static_range(2):
+            start = column + half * HALF
+            columns = start + tl.arange(0, HALF)
+            if half == 0:
+                sums, sums2 = left, left2
+            else:
+                sums, sums2 = right, right2
+            out = _outputs(
+                sums,
+                sums2,
+                scale_a,
+                scale_a2,
+                columns,
+                N,
+                scale_b_ptr,
+                bias_ptr,
+                sum_b_ptr,
+                ZERO,
+                SIGN,
+                HAS_BIAS,
+                DUAL,
+            ).to(out_ptr.dtype.element_ty)
+            if TMA:
+                out_tiles.store([row, start], out)
+            else:
+                places = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+                tl.store(places, out, mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+def _few_rows_configs() -> list[triton.Config]:
+    tiles = [(64, 256, 4, 5), (32, 256, 4, 6), (32, 512, 4, 4), (64, 512, 8, 4), (16, 512, 2, 5)]
+    return [
+        triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages) for n, k, warps, stages in tiles
+    ]
+
+
+def _dividing(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
+    """Tiles that lie in one group of columns each."""
+    group, columns = named_args["GROUP_COLUMNS"], named_args["N"]
+    return [config for config in configs if group == columns or group % config.kwargs["BLOCK_N"] == 0]
+
+
+@triton.autotune(
+    configs=_few_rows_configs(),
+    key=["N", "K", "DUAL"],
+    prune_configs_by={"early_config_prune": _dividing},
+    cache_results=True,
+)
+@triton.jit
+def _few_rows(
+    a_ptr,
+    a2_ptr,
+    b_ptr,
+    out_ptr,
+    scale_a_ptr,
+    scale_a2_ptr,
+    scale_b_ptr,
+    bias_ptr,
+    sum_b_ptr,
+    M,
+    N,
+    K,
+    stride_a,
+    stride_a2,
+    stride_b,
+    START,
+    GROUP_COLUMNS,
+    ZERO: tl.constexpr,
+    SIGN: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows of ``a`` are (group, row): columns of group g are multiplied with a's rows g M to (g + 1) M."""
+    TILE: tl.constexpr = 16
+    a_ptr += START
+    a2_ptr += START
+    b_ptr += START
+    # Where there are two operands, the second has the lower half of the tile.
+    OWN: tl.constexpr = TILE // 2 if DUAL else TILE
+    column = tl.program_id(0) * BLOCK_N
+    group = column // GROUP_COLUMNS
+    place = tl.arange(0, TILE)
+    row = tl.program_id(1) * OWN + place % OWN
+    is_row = row < M
+    a_row = (group * M + tl.minimum(row, M - 1)).to(tl.int64)
+    starts = a_ptr + a_row * stride_a
+    if DUAL:
+        starts = tl.where(place < OWN, starts, a2_ptr + a_row * stride_a2)
+    columns = column + tl.arange(0, BLOCK_N)
+    b_rows = tl.minimum(columns, N - 1).to(tl.int64)[:, None]
+    channels = tl.arange(0, BLOCK_K)
+    if a_ptr.dtype.element_ty == tl.int8:
+        total = tl.zeros((TILE, BLOCK_N), dtype=tl.int32)
+    else:
+        total = tl.zeros((TILE, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        inside = (k + channels < K)[None, :]
+        b = tl.load(b_ptr + b_rows * stride_b + (k + channels)[None, :], mask=inside, other=0.0)
+        a = tl.load(starts[:, None] + (k + channels)[None, :], mask=inside & is_row[:, None], other=0.0)
+        total = tl.dot(a, b.T, total, out_dtype=total.dtype)
+
+    scale_row = group
+    if PER_TOKEN:
+        scale_row = a_row
+    scale_a = tl.load(scale_a_ptr + scale_row + tl.zeros((TILE,), dtype=tl.int32))
+    if DUAL:
+        scale_a2 = tl.load(scale_a2_ptr + scale_row + tl.zeros((TILE,), dtype=tl.int32))
+        scale_a = tl.where(place < OWN, scale_a, SIGN * scale_a2)
+    inside_columns = columns < N
+    if ZERO != 0:
+        total = total - ZERO * tl.load(sum_b_ptr + columns, mask=inside_columns, other=0)[None, :]
+    out = total.to(tl.float32) * scale_a[:, None]
+    if DUAL:
+        out = tl.sum(tl.reshape(out, (2, OWN, BLOCK_N)), axis=0)
+    out = out * tl.load(scale_b_ptr + columns, mask=inside_columns, other=0.0)[None, :]
     if HAS_BIAS:
-        out = out + tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    places = out_ptr + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
-    tl.store(places, out.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+        out = out + tl.load(bias_ptr + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
+    rows = tl.program_id(1) * OWN + tl.arange(0, OWN)
+    places = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(places, out.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & inside_columns[None, :])
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where the kernel puts its tensor descriptors."""
+    """Where a kernel puts its tensor descriptors."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _tma_fits(*operands: Tensor) -> bool:
-    """Tensor descriptors need 16-byte aligned rows, and a GPU that has them."""
+def _tma_fits(start: int, out_row: int, *operands: Tensor) -> bool:
+    """Tensor descriptors need 16-byte aligned rows, and a GPU that has them.
+
+    Args:
+        start: the first channel.
+        out_row: bytes of a row of the output.
+        operands: int8 or E4M3 matrices.
+    """
     # Allocations are aligned; pointers are not looked at, so that this can be traced.
-    aligned = all(x.storage_offset() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) == 1 for x in operands)
-    return aligned and torch.cuda.get_device_capability(operands[0].device) >= (9, 0)
+    aligned = all(x.storage_offset() % 16 == 0 and x.stride(0) % 16 == 0 for x in operands)
+    return aligned and start % 16 == out_row % 16 == 0 and _has_descriptors(operands[0].device)
 
 
-@torch.library.triton_op("segquant::int8_gemm", mutates_args={})
-def int8_gemm(
+@torch.compiler.assume_constant_result
+@cache
+def _has_descriptors(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@torch.library.triton_op("segquant::code_gemm", mutates_args={})
+def code_gemm(
     a: Tensor,
     b: Tensor,
     scale_a: Tensor,
@@ -175,22 +367,71 @@ def int8_gemm(
     a2: Tensor | None,
     scale_a2: Tensor | None,
     sign: int,
+    groups: int,
+    start: int,
+    size: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`modelopt_ext.kernels.scaled_mm` of int8 codes on a GPU. ``torch.compile`` sees the kernel itself."""
+    """:func:`modelopt_ext.kernels.scaled_mm` on a GPU. ``torch.compile`` sees the kernels themselves.
+
+    With more than one group, at most ``FEW_ROWS`` rows a group.
+    """
+    return launch_gemm(
+        a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype, wrap_triton
+    )
+
+
+def launch_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    zero: int,
+    sum_b: Tensor | None,
+    a2: Tensor | None,
+    scale_a2: Tensor | None,
+    sign: int,
+    groups: int,
+    start: int,
+    size: int,
+    out_dtype: torch.dtype,
+    wrap: Callable[[Any], Any] = lambda kernel: kernel,
+) -> Tensor:
+    """:func:`code_gemm` without the operator around it.
+
+    Args:
+        a: see :func:`modelopt_ext.kernels.scaled_mm`; so are the other operands up to ``groups``.
+        b: see there.
+        scale_a: see there.
+        scale_b: see there.
+        bias: see there.
+        zero: see there.
+        sum_b: see there.
+        a2: see there.
+        scale_a2: see there.
+        sign: see there.
+        groups: see there.
+        start: the first channel to multiply.
+        size: how many channels.
+        out_dtype: of the result.
+        wrap: what the kernel is given to before it is launched.
+    """
     a, b = _with_contiguous_rows(a), _with_contiguous_rows(b)
     second = None if a2 is None or scale_a2 is None else (_with_contiguous_rows(a2), scale_a2, sign)
-    tma = _tma_fits(a, b) and (second is None or _tma_fits(second[0]))
-    if tma:
-        triton.set_allocator(_workspace)
-    return launch(wrap_triton(_gemm), a, b, scale_a, scale_b, bias, zero, sum_b, second, out_dtype, tma)
+    segment = (start, size)
+    if a.shape[0] <= groups * FEW_ROWS:
+        kernel = wrap(_few_rows)
+        return launch_few_rows(kernel, a, b, scale_a, scale_b, bias, zero, sum_b, second, segment, groups, out_dtype)
+    tma = _tma_fits(start, b.shape[0] * out_dtype.itemsize, a, b, *(second[:1] if second is not None else ()))
+    return launch_tiles(wrap(_tiles), a, b, scale_a, scale_b, bias, zero, sum_b, second, segment, out_dtype, tma)
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def launch(
+def launch_tiles(
     kernel: Any,
     a: Tensor,
     b: Tensor,
@@ -200,35 +441,43 @@ def launch(
     zero: int,
     sum_b: Tensor | None,
     second: tuple[Tensor, Tensor, int] | None,
+    segment: tuple[int, int],
     out_dtype: torch.dtype,
     tma: bool,
+    processors: int | None = None,
     **tiles: int,
 ) -> Tensor:
-    """Run ``kernel``: the tuned one, or with given ``tiles`` (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M) the bare one.
+    """Run ``kernel``: the tuned one, or with given ``tiles`` (BLOCK_M, BLOCK_N, ...) the bare one.
 
     Args:
-        kernel: ``_gemm`` or ``_gemm.fn``.
-        a: (M, K) int8, rows contiguous.
-        b: (N, K) int8, rows contiguous.
+        kernel: ``_tiles`` or ``_tiles.fn``.
+        a: (M, K) int8 or float8_e4m3fn, rows contiguous.
+        b: (N, K), ``a``'s dtype, rows contiguous.
         scale_a: float32 (1, 1) or (M, 1).
         scale_b: float32 (N,).
         bias: (N,) or None.
         zero: the code that means 0.0.
         sum_b: int32 (N,), the sums of b's rows; needed with ``zero``.
         second: (a2, scale_a2, sign), a second operand that shares b; sign is 1 or -1.
+        segment: the first channel to multiply, and how many.
         out_dtype: of the result.
         tma: whether to load through tensor descriptors.
+        processors: multiprocessors to fill; by default the GPU's.
         tiles: sizes of the tiles.
 
     Returns:
         (M, N) in ``out_dtype``.
     """
     a2, scale_a2, sign = second if second is not None else (a, scale_a, 1)
-    (rows, channels), columns = a.shape, b.shape[0]
+    rows, columns, (start, channels) = a.shape[0], b.shape[0], segment
     out = torch.empty(rows, columns, dtype=out_dtype, device=a.device)
+    if tma:
+        triton.set_allocator(_workspace)
+    count = processors or _processors(a.device)
 
     def grid(meta: dict[str, int]) -> tuple[int]:
-        return (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
+        tiles = triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"])
+        return (min(count * meta["PER_SM"], tiles),)
 
     kernel[grid](
         a,
@@ -246,14 +495,86 @@ def launch(
         a.stride(0),
         a2.stride(0),
         b.stride(0),
-        out.stride(0),
+        start,
         triton.next_power_of_2(rows),  # sizes within a factor of two share a choice of tiles
+        PROCESSORS=count,
         ZERO=zero,
         SIGN=sign,
         PER_TOKEN=scale_a.numel() > 1,
         HAS_BIAS=bias is not None,
         DUAL=second is not None,
         TMA=tma,
+        **tiles,
+    )
+    return out
+
+
+def launch_few_rows(
+    kernel: Any,
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    zero: int,
+    sum_b: Tensor | None,
+    second: tuple[Tensor, Tensor, int] | None,
+    segment: tuple[int, int],
+    groups: int,
+    out_dtype: torch.dtype,
+    **tiles: int,
+) -> Tensor:
+    """:func:`launch_tiles` for few rows, and for several groups of columns with activations of their own.
+
+    Args:
+        kernel: ``_few_rows`` or ``_few_rows.fn``.
+        a: (G M, K), group after group.
+        b: see :func:`launch_tiles`; so are the other operands.
+        scale_a: float32 (G, 1) or (G M, 1).
+        scale_b: (N,).
+        bias: (N,) or None.
+        zero: the code that means 0.0.
+        sum_b: (N,) or None.
+        second: like ``a`` and ``scale_a``, and the sign.
+        segment: the first channel to multiply, and how many.
+        groups: G, which divides N.
+        out_dtype: of the result.
+        tiles: sizes of the tiles.
+
+    Returns:
+        (M, N) in ``out_dtype``.
+    """
+    a2, scale_a2, sign = second if second is not None else (a, scale_a, 1)
+    rows, columns, (start, channels) = a.shape[0] // groups, b.shape[0], segment
+    out = torch.empty(rows, columns, dtype=out_dtype, device=a.device)
+    own = TILE_ROWS if second is None else TILE_ROWS // 2
+
+    def grid(meta: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(columns, meta["BLOCK_N"]), triton.cdiv(rows, own)
+
+    kernel[grid](
+        a,
+        a2,
+        b,
+        out,
+        scale_a,
+        scale_a2,
+        scale_b.contiguous(),
+        bias if bias is not None else scale_b,
+        b if sum_b is None else sum_b.contiguous(),
+        rows,
+        columns,
+        channels,
+        a.stride(0),
+        a2.stride(0),
+        b.stride(0),
+        start,
+        columns // groups,
+        ZERO=zero,
+        SIGN=sign,
+        PER_TOKEN=scale_a.numel() > groups,
+        HAS_BIAS=bias is not None,
+        DUAL=second is not None,
         **tiles,
     )
     return out

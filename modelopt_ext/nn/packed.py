@@ -39,10 +39,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from ..formats import SMALLEST_AMAX, QuantFormat, to_codes
-from ..kernels import scaled_mm
+from ..formats import QuantFormat
+from ..kernels import quantize, scaled_mm
+from ..kernels.rounding import Quantized, offset_of, rounded, smoothed
+from ..kernels.scaled_mm import FEW_ROWS
 from .layout import SPLIT_BY_SIGN, SegLayout
-from .rotation import rotate
+from .rotation import rotate, rotate_segments
 
 CodeType = Literal["int8", "int4", "float8_e4m3fn"]
 
@@ -51,8 +53,6 @@ FORMATS: Mapping[CodeType, QuantFormat] = {
     "int4": QuantFormat(4),
     "float8_e4m3fn": QuantFormat((4, 3)),
 }
-# int8 holds the unsigned codes 0..255 minus this.
-UNSIGNED_OFFSET = 128
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,16 @@ class PackedSpec:
         return any(polarity in SPLIT_BY_SIGN for polarity in self.layout.polarity)
 
     @property
+    def multiplies_codes(self) -> bool:
+        """Whether a product of two matrices of codes gives the output, integers by integers or E4M3 by E4M3."""
+        if self.group is not None or self.activations is None:
+            return False
+        return (self.activations == "float8_e4m3fn") == (self.weights == "float8_e4m3fn")
+
+    @property
     def has_zero_point(self) -> bool:
-        """Whether int8 holds unsigned codes, less UNSIGNED_OFFSET, in a product of integers."""
-        integers = self.weights != "float8_e4m3fn" and self.group is None
-        return integers and self.activations == "int8" and "dual8" in self.layout.polarity
+        """Whether int8 holds unsigned activation codes, less 128, in a product of codes."""
+        return self.multiplies_codes and self.activations == "int8" and "dual8" in self.layout.polarity
 
     @property
     def weight_scales(self) -> int:
@@ -257,98 +263,127 @@ class PackedLinear(nn.Linear):
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         x = input.reshape(-1, input.shape[-1])
-        z = x.float() if self.shift is None else x.float() - self.shift
-        codes = self.codes()
         # The last sum's rounding is the product's own, where nothing else is added.
-        direct = dtype if self.low_rank_up is None else torch.float32
-        groups = [self._group(z, codes, group, rows, direct) for group, rows in enumerate(self.spec.layout.out_slices)]
-        output = groups[0] if len(groups) == 1 else torch.cat(groups, dim=-1)
+        direct = dtype if self.low_rank_up is None else self._sum_dtype(x, dtype)
+        output = self._codes_product(x, direct) if self.spec.multiplies_codes else self._float_product(x, direct)
         if self.low_rank_up is not None:
             output = output + self._branch(x)
         return output.to(dtype).reshape(*input.shape[:-1], self.out_features)
 
-    def _group(self, z: Tensor, codes: Tensor, group: int, rows: slice, dtype: torch.dtype) -> Tensor:
-        """What an output group gives without the branch, (M, rows) in ``dtype``."""
-        layout = self.spec.layout
-        if self.smoothing is not None:
-            z = z / self.smoothing[group]
-        bias = None if self.bias is None else self.bias[rows]
+    @staticmethod
+    def _sum_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+        """What parts of an output are held in until they are added.
+
+        On a GPU each part is written and read again, and bfloat16, which overflows no earlier than float32, halves that
+        for an error far below the codes'.
+        """
+        return dtype if x.is_cuda and dtype == torch.bfloat16 else torch.float32
+
+    def _codes_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Products of codes by codes, without the branch: (M, N) in ``dtype``."""
+        groups = len(self.spec.layout.out_groups)
+        equal = len(set(self.spec.layout.out_groups)) == 1
+        if groups == 1 or (equal and x.shape[0] <= FEW_ROWS):
+            # Few rows: one launch for all groups, which is what their time is.
+            return self._product(x, slice(0, groups), slice(0, self.out_features), dtype)
+        parts = [
+            self._product(x, slice(group, group + 1), rows, dtype)
+            for group, rows in enumerate(self.spec.layout.out_slices)
+        ]
+        return torch.cat(parts, dim=-1)
+
+    def _product(self, x: Tensor, groups: slice, rows: slice, dtype: torch.dtype) -> Tensor:
+        """What some output groups give, which are the outputs ``rows``: (M, rows) in ``dtype``."""
+        layout, weight = self.spec.layout, self.codes()
+        activations = self._quantize(x, groups)
         last = len(layout.in_segments) - 1
+        part_dtype = dtype if last == 0 else self._sum_dtype(x, dtype)
         total = None
         for segment, columns in enumerate(layout.in_slices):
-            part = rotate(z[:, columns], layout.rotation[segment])
-            product = self._product(
-                part,
-                codes[rows, columns],
-                group,
-                rows,
-                segment,
-                bias if segment == last else None,
-                dtype if last == 0 else None,
+            split = layout.polarity[segment] in SPLIT_BY_SIGN
+            unsigned = layout.polarity[segment] == "dual8"
+            offset = offset_of(self._format) if unsigned else 0
+            product = scaled_mm(
+                activations.codes,
+                weight[rows],
+                activations.scales[segment],
+                self.weight_scale[rows, segment],
+                self.bias[rows] if segment == last and self.bias is not None else None,
+                zero=-offset,
+                sum_b=self.weight_sum[rows, segment] if offset and self.weight_sum is not None else None,
+                a2=activations.negative if split else None,
+                scale_a2=activations.negative_scales[segment] if split and activations.negative_scales else None,
+                sign=-1 if unsigned else 1,
+                groups=groups.stop - groups.start,
+                segment=columns if last else None,
+                out_dtype=part_dtype,
             )
             total = product if total is None else total + product
         assert total is not None
         return total.to(dtype)
 
-    def _product(
-        self,
-        z: Tensor,
-        weight: Tensor,
-        group: int,
-        rows: slice,
-        segment: int,
-        bias: Tensor | None,
-        dtype: torch.dtype | None,
-    ) -> Tensor:
-        """Round (M, k) activations and multiply them with a block (rows, k): (M, rows), float32 or ``dtype``."""
-        spec = self.spec
-        if spec.activations is None:
-            return linear(z, weight.float() * self.block_scale(segment)[rows], None if bias is None else bias.float())
-        (q, scale), *others = self._rounded(z, group, segment)
-        sign = -1 if spec.layout.polarity[segment] == "dual8" else 1
-        integers = spec.activations != "float8_e4m3fn"
-        if spec.group is not None or integers != (spec.weights != "float8_e4m3fn"):
-            # Mixed codes, or sums that end inside a segment: no product of two matrices of codes.
-            wide = weight.float() * self.block_scale(segment)[rows]
-            total = (q @ wide.t()) * scale
-            for q2, scale2 in others:
-                total = total + sign * (q2 @ wide.t()) * scale2
-            return total if bias is None else total + bias
-        offset = UNSIGNED_OFFSET if self.weight_sum is not None and sign < 0 else 0
-        kind = torch.int8 if integers else torch.float8_e4m3fn
-        second, second_scale = others[0] if others else (None, None)
-        return scaled_mm(
-            (q - offset).to(kind),
-            weight,
-            scale,
-            self.weight_scale[rows, segment],
-            bias,
-            zero=-offset,
-            sum_b=self.weight_sum[rows, segment] if offset and self.weight_sum is not None else None,
-            a2=None if second is None else (second - offset).to(kind),
-            scale_a2=second_scale,
-            sign=sign,
-            out_dtype=dtype,
+    @property
+    def _format(self) -> QuantFormat:
+        """Of the activations."""
+        assert self.spec.activations is not None
+        return FORMATS[self.spec.activations]
+
+    def _quantize(self, x: Tensor, groups: slice) -> Quantized:
+        """Codes of x (M, K) as some output groups read them."""
+        layout = self.spec.layout
+        shift, smoothing = self.shift, None if self.smoothing is None else self.smoothing[groups]
+        scales = self._static_scales(groups)
+        if any(block > 1 for block in layout.rotation):
+            z = rotate_segments(smoothed(x, shift, smoothing), layout.in_slices, layout.rotation)
+            return rounded(z, self._format, layout.in_segments, layout.polarity, *scales)
+        return quantize(x, self._format, layout.in_segments, layout.polarity, shift, smoothing, *scales)
+
+    def _static_scales(self, groups: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Scales (G, T) of the values and of those below 0; None for scales per token."""
+        negative = self.input_scale_negative
+        return (
+            None if self.input_scale is None else self.input_scale[groups],
+            None if negative is None else negative[groups],
         )
 
-    def _rounded(self, z: Tensor, group: int, segment: int) -> list[tuple[Tensor, Tensor]]:
-        """(codes as float32, scale (1, 1) or (M, 1)) of a segment; two where it is split by sign."""
-        assert self.spec.activations is not None
-        polarity = self.spec.layout.polarity[segment]
-        fmt = FORMATS[self.spec.activations]
-        if polarity == "dual8":
-            fmt = fmt.as_unsigned()
-        values = [z]
-        if polarity in SPLIT_BY_SIGN:
-            values = [z.clamp(min=0), z.clamp(max=0) if polarity == "dual" else (-z).clamp(min=0)]
-        rounded = []
-        for value, static in zip(values, (self.input_scale, self.input_scale_negative), strict=False):
-            if static is None:
-                scale = value.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX) / fmt.max_code
-            else:
-                scale = static[group, segment].reshape(1, 1)
-            rounded.append((to_codes(value, scale, fmt), scale))
-        return rounded
+    def _float_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Products of rounded floats, for codes that no product of two matrices of codes serves: (M, N) in ``dtype``.
+
+        Weight-only formats, integers by floats, and sums that end inside a segment (weight scales of groups).
+        """
+        # A GPU has fast products of 16-bit floats only, the simulation's own.
+        wide = x.dtype if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        codes = self.codes()
+        parts = []
+        for group, rows in enumerate(self.spec.layout.out_slices):
+            weight = torch.cat(
+                [
+                    codes[rows, columns].float() * self.block_scale(segment)[rows]
+                    for segment, columns in enumerate(self.spec.layout.in_slices)
+                ],
+                dim=1,
+            )
+            bias = None if self.bias is None else self.bias[rows].to(wide)
+            parts.append(linear(self._values(x, group).to(wide), weight.to(wide), bias))
+        return torch.cat(parts, dim=-1).to(dtype)
+
+    def _values(self, x: Tensor, group: int) -> Tensor:
+        """What x (M, K) is rounded to for an output group, float32."""
+        layout, own = self.spec.layout, slice(group, group + 1)
+        if self.spec.activations is None:
+            z = smoothed(x, self.shift, None if self.smoothing is None else self.smoothing[own])
+            return rotate_segments(z, layout.in_slices, layout.rotation)
+        found = self._quantize(x, own)
+        parts = []
+        for segment, columns in enumerate(layout.in_slices):
+            unsigned = layout.polarity[segment] == "dual8"
+            offset = offset_of(self._format) if unsigned else 0
+            value = (found.codes[:, columns].float() + offset) * found.scales[segment]
+            if layout.polarity[segment] in SPLIT_BY_SIGN and found.negative is not None and found.negative_scales:
+                below = (found.negative[:, columns].float() + offset) * found.negative_scales[segment]
+                value = value - below if unsigned else value + below
+            parts.append(value)
+        return torch.cat(parts, dim=1)
 
     def _branch(self, x: Tensor) -> Tensor:
         """The low-rank branch's share of the output, (M, N)."""

@@ -1,0 +1,167 @@
+"""From activations to codes: :func:`quantize`, the step in front of :func:`modelopt_ext.kernels.scaled_mm`.
+
+Written in plain torch, which ``torch.compile`` fuses into whatever produces the activations, and that is the fast way.
+Without it, a GPU reads the activations once in a Triton kernel of :mod:`.triton_rounding` instead of once an operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formats import SMALLEST_AMAX, QuantFormat, to_codes
+from . import cuda
+
+# int8 holds the unsigned codes 0..255 minus this.
+UNSIGNED_OFFSET = 128
+# Segments up to which the scale of a channel is chosen while it is divided, by comparing the channel's number.
+_CHOSEN_INLINE = 4
+
+
+class Quantized(NamedTuple):
+    """Codes of activations, group after group of G, M rows each; T segments.
+
+    Attributes:
+        codes: (G M, K), int8 or float8_e4m3fn. Of the values of at least 0, where a segment is split by sign.
+        scales: T tensors, float32, (G, 1), or (G M, 1) for scales per token.
+        negative: (G M, K), those of the values below 0; None where no segment is split. Anything in the others.
+        negative_scales: like ``scales``, or None.
+    """
+
+    codes: Tensor
+    scales: Sequence[Tensor]
+    negative: Tensor | None = None
+    negative_scales: Sequence[Tensor] | None = None
+
+
+def quantize(
+    x: Tensor,
+    fmt: QuantFormat,
+    segments: Sequence[int],
+    polarity: Sequence[str],
+    shift: Tensor | None = None,
+    smoothing: Tensor | None = None,
+    scale: Tensor | None = None,
+    scale_negative: Tensor | None = None,
+) -> Quantized:
+    """Round ``z = (x - shift) / smoothing`` of every group to codes ``z / scale``.
+
+    Args:
+        x: (M, K), any float dtype.
+        fmt: of signed codes.
+        segments: sizes along K.
+        polarity: of each segment, ``"none"``, ``"dual"`` (arXiv 2507.14811: signed codes of max(z, 0) and min(z, 0)) or
+            ``"dual8"`` (unsigned codes of max(z, 0) and max(-z, 0), held as int8 less :func:`offset_of`).
+        shift: float32 (K,), or None.
+        smoothing: float32 (G, K), or None for one group and ones.
+        scale: float32 (G, T), static scales; None finds one for each row, group, segment and sign.
+        scale_negative: float32 (G, T), those of the values below 0, where any segment is split.
+    """
+    if x.is_cuda and not torch.compiler.is_compiling() and cuda.has_triton():
+        from .triton_rounding import fused
+
+        return fused(x, fmt, segments, polarity, shift, smoothing, scale, scale_negative)
+    return reference(x, fmt, segments, polarity, shift, smoothing, scale, scale_negative)
+
+
+def offset_of(fmt: QuantFormat) -> int:
+    """What int8 holds unsigned codes less of: those of 8 bits do not fit otherwise."""
+    return UNSIGNED_OFFSET if fmt.num_bits == 8 else 0
+
+
+def reference(
+    x: Tensor,
+    fmt: QuantFormat,
+    segments: Sequence[int],
+    polarity: Sequence[str],
+    shift: Tensor | None = None,
+    smoothing: Tensor | None = None,
+    scale: Tensor | None = None,
+    scale_negative: Tensor | None = None,
+) -> Quantized:
+    """:func:`quantize` in plain torch."""
+    return rounded(smoothed(x, shift, smoothing), fmt, segments, polarity, scale, scale_negative)
+
+
+def smoothed(x: Tensor, shift: Tensor | None, smoothing: Tensor | None) -> Tensor:
+    """``(x - shift) / smoothing`` of every group, (G M, K) float32; see :func:`quantize`."""
+    z = x.float() if shift is None else x.float() - shift
+    return z if smoothing is None else (z / smoothing[:, None]).flatten(0, 1)
+
+
+def rounded(
+    z: Tensor,
+    fmt: QuantFormat,
+    segments: Sequence[int],
+    polarity: Sequence[str],
+    scale: Tensor | None = None,
+    scale_negative: Tensor | None = None,
+) -> Quantized:
+    """Codes of z (G M, K) float32; see :func:`quantize`."""
+    kind = torch.int8 if fmt.is_integer else torch.float8_e4m3fn
+    rows = len(z) if scale is None else len(z) // len(scale)
+    if scale is not None and set(polarity) == {"none"}:
+        # All of a row at once: nothing between the producer of x and its codes has to be written to memory.
+        whole = to_codes(z, _by_channel(scale, segments, rows), fmt).to(kind)
+        return Quantized(whole, [scale[:, t : t + 1] for t in range(len(segments))])
+    codes: list[Tensor] = []
+    negative: list[Tensor] = []
+    scales: list[Tensor] = []
+    negative_scales: list[Tensor] = []
+    for segment, (part, sign) in enumerate(zip(z.split(list(segments), dim=1), polarity, strict=True)):
+        own, offset = (fmt.as_unsigned(), offset_of(fmt)) if sign == "dual8" else (fmt, 0)
+        values = part if sign == "none" else part.clamp(min=0)
+        step = _step(values, own, scale, segment)
+        codes.append((to_codes(values, _by_row(step, len(z)), own) - offset).to(kind))
+        scales.append(step)
+        if sign == "none":
+            # Nothing reads these.
+            negative.append(codes[-1])
+            negative_scales.append(step)
+            continue
+        values = part.clamp(max=0) if sign == "dual" else (-part).clamp(min=0)
+        step = _step(values, own, scale_negative, segment)
+        negative.append((to_codes(values, _by_row(step, len(z)), own) - offset).to(kind))
+        negative_scales.append(step)
+    if set(polarity) == {"none"}:
+        return Quantized(_joined(codes), scales)
+    return Quantized(_joined(codes), scales, _joined(negative), negative_scales)
+
+
+def _step(values: Tensor, fmt: QuantFormat, static: Tensor | None, segment: int) -> Tensor:
+    """The scale of a segment: (G, 1) of ``static`` (G, T), or one found for each row of ``values`` (G M, k)."""
+    if static is not None:
+        return static[:, segment : segment + 1]
+    return values.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX) / fmt.max_code
+
+
+def _by_row(step: Tensor, rows: int) -> Tensor:
+    """(G, 1) or (G M, 1) as divisors of (G M, k)."""
+    return step if len(step) in (1, rows) else step.repeat_interleave(rows // len(step), dim=0)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    # E4M3 codes as bytes: not every device concatenates them.
+    kind = parts[0].dtype
+    return torch.cat([part.view(torch.int8) for part in parts], dim=1).view(kind)
+
+
+def _by_channel(scale: Tensor, segments: Sequence[int], rows: int) -> Tensor:
+    """Static scales (G, T) as divisors of (G M, K)."""
+    if len(scale) > 1:
+        scale = scale.repeat_interleave(rows, dim=0)
+    if len(segments) == 1:
+        return scale
+    if len(segments) > _CHOSEN_INLINE:
+        return torch.cat([scale[:, t : t + 1].expand(-1, size) for t, size in enumerate(segments)], dim=1)
+    channel = torch.arange(sum(segments), device=scale.device)
+    chosen, end = scale[:, -1:], sum(segments)
+    for segment in range(len(segments) - 2, -1, -1):
+        end -= segments[segment + 1]
+        chosen = torch.where(channel < end, scale[:, segment : segment + 1], chosen)
+    return chosen

@@ -1,0 +1,156 @@
+"""The Triton kernels against their references: on a GPU, or in Triton's interpreter where there is none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from modelopt_ext.formats import QuantFormat
+from modelopt_ext.kernels import rounding
+from modelopt_ext.kernels.scaled_mm import reference, scaled_mm
+from modelopt_ext.kernels.triton_gemm import _few_rows, _tiles, launch_few_rows, launch_tiles
+from modelopt_ext.kernels.triton_rounding import POLARITIES, _quantize, launch
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+TILES = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "PER_SM": 1, "processors": 3}
+FEW = {"BLOCK_N": 16, "BLOCK_K": 32}
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+
+
+def codes(rows: int, channels: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-128, 128, (rows, channels), dtype=torch.int8, generator=generator).to(DEVICE)
+
+
+def skip_without_descriptors(tma: bool) -> None:
+    if tma and HAS_GPU and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no tensor descriptors")
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("zero", [0, -128])
+@pytest.mark.parametrize("size", [(40, 64, 96), (1, 48, 64), (33, 72, 80)])
+def test_many_rows_give_the_references_numbers(
+    size: tuple[int, int, int], zero: int, per_token: bool, dual: bool, tma: bool
+) -> None:
+    rows, columns, channels = size
+    skip_without_descriptors(tma)
+    a, a2, b = codes(rows, channels, 0), codes(rows, channels, 1), codes(columns, channels, 2)
+    scale = torch.rand(rows if per_token else 1, 1, device=DEVICE) + 0.1
+    scale_b, bias = torch.rand(columns, device=DEVICE), torch.randn(columns, device=DEVICE)
+    sums = b.sum(dim=1, dtype=torch.int32)
+    other = (a2, 2 * scale, -1) if dual else None
+    found = launch_tiles(
+        _tiles.fn, a, b, scale, scale_b, bias, zero, sums, other, (0, channels), torch.float32, tma, **TILES
+    )
+    second = (a2, 2 * scale) if dual else (None, None)
+    expected = reference(a, b, scale, scale_b, bias, zero, sums, *second, -1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("zero", [0, -128])
+@pytest.mark.parametrize("rows", [1, 8, 21])
+def test_few_rows_give_the_references_numbers(rows: int, zero: int, per_token: bool, dual: bool, groups: int) -> None:
+    channels, columns = 80, groups * 32
+    a, a2, b = (codes(n, channels, seed) for seed, n in enumerate((groups * rows, groups * rows, columns)))
+    scale = torch.rand(groups * rows if per_token else groups, 1, device=DEVICE) + 0.1
+    scale_b, bias = torch.rand(columns, device=DEVICE), torch.randn(columns, device=DEVICE)
+    sums = b.sum(dim=1, dtype=torch.int32)
+    other = (a2, 2 * scale, -1) if dual else None
+    found = launch_few_rows(
+        _few_rows.fn, a, b, scale, scale_b, bias, zero, sums, other, (0, channels), groups, torch.float32, **FEW
+    )
+    second = (a2, 2 * scale) if dual else (None, None)
+    expected = reference(a, b, scale, scale_b, bias, zero, sums, *second, -1, groups)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
+
+
+def test_a_segment_of_strided_operands_and_half_precision_output() -> None:
+    wide, b = codes(20, 128, 0), codes(48, 128, 1)
+    a, part = wide[:, 32:96], b[:, 64:]
+    one, scale_b = torch.ones(1, 1, device=DEVICE), torch.full((48,), 2.0**-6, device=DEVICE)
+    expected = reference(a[:, 16:48], part[:, 16:48], one, scale_b).to(torch.float16)
+    half, segment = torch.float16, (16, 32)
+    found = launch_tiles(_tiles.fn, a, part, one, scale_b, None, 0, None, None, segment, half, False, **TILES)
+    assert found.dtype == half
+    assert torch.equal(found, expected)
+    few = launch_few_rows(_few_rows.fn, a, part, one, scale_b, None, 0, None, None, segment, 1, half, **FEW)
+    assert torch.equal(few, expected)
+
+
+@pytest.mark.parametrize("fmt", [QuantFormat(8), QuantFormat(4), QuantFormat((4, 3))], ids=["int8", "int4", "fp8"])
+@pytest.mark.parametrize("static", [False, True], ids=["per-token", "static"])
+@pytest.mark.parametrize("polarity", [("none", "none"), ("none", "dual"), ("dual8", "dual8")], ids="-".join)
+def test_activations_are_rounded_to_the_references_codes(
+    polarity: tuple[str, str], static: bool, fmt: QuantFormat
+) -> None:
+    if fmt.num_bits == (4, 3) and ("dual8" in polarity or not HAS_GPU):
+        pytest.skip("dual8 is for integers, and the interpreter rounds floats to E4M3 in its own way")
+    torch.manual_seed(0)
+    segments, groups, rows = (40, 72), 2, 9
+    x = 3 * torch.randn(rows, sum(segments), device=DEVICE)
+    shift = torch.randn(sum(segments), device=DEVICE)
+    smoothing = torch.rand(groups, sum(segments), device=DEVICE) + 0.5
+    scale = torch.rand(groups, 2, device=DEVICE) / fmt.max_code * 9 if static else None
+    negative = scale / 2 if scale is not None and polarity != ("none", "none") else None
+    arguments = (shift, smoothing, scale, negative)
+    expected = rounding.reference(x, fmt, segments, polarity, *arguments)
+    low, high = (fmt.min_code, fmt.max_code) if fmt.is_integer else (-448.0, 448.0)
+    signs = [POLARITIES.index(sign) for sign in polarity]
+    found = launch(_quantize, x, *arguments, segments, signs, fmt.max_code, low, high, rounding.offset_of(fmt), 32)
+    assert torch.equal(found[0].float(), expected.codes.float())
+    for segment, sign in enumerate(polarity):
+        if not static:
+            torch.testing.assert_close(found[1][segment], expected.scales[segment].flatten(), rtol=1e-6, atol=0)
+        if sign != "none":
+            columns = slice(0, segments[0]) if segment == 0 else slice(segments[0], None)
+            assert expected.negative is not None
+            assert torch.equal(found[2][:, columns].float(), expected.negative[:, columns].float())
+            if not static and expected.negative_scales is not None:
+                below = expected.negative_scales[segment].flatten()
+                torch.testing.assert_close(found[3][segment], below, rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("size", [(1, 9216, 3072), (40, 3072, 3072), (512, 3072, 3072), (4096, 1536, 6144)])
+@pytest.mark.parametrize("dual", [False, True])
+def test_tuned_tiles_at_real_sizes(size: tuple[int, int, int], dual: bool) -> None:
+    rows, columns, channels = size
+    a, a2, b = codes(rows, channels, 0), codes(rows, channels, 2), codes(columns, channels, 1)
+    one, scale_b = torch.ones(1, 1, device=DEVICE), torch.full((columns,), 2.0**-10, device=DEVICE)
+    second = {"a2": a2, "scale_a2": one} if dual else {}
+    found = scaled_mm(a, b, one, scale_b, **second)
+    assert torch.equal(found, reference(a, b, one, scale_b, **second))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_groups_and_both_formats(kind: torch.dtype, groups: int, rows: int) -> None:
+    torch.manual_seed(0)
+    a, b = (torch.randn(n, 256, device=DEVICE) for n in (groups * rows, groups * 64))
+    if kind == torch.int8:
+        a, b = 40 * a, 40 * b
+    a, b = a.to(kind), b.to(kind)
+    scale, scale_b = torch.rand(groups, 1, device=DEVICE), torch.rand(groups * 64, device=DEVICE)
+    found = scaled_mm(a, b, scale, scale_b, groups=groups)
+    expected = reference(a, b, scale, scale_b, groups=groups)
+    torch.testing.assert_close(
+        found, expected, rtol=2e-2 if kind != torch.int8 else 1e-5, atol=2e-2 * expected.abs().max().item()
+    )
