@@ -76,7 +76,8 @@ class GPTQConfig(ModeloptBaseConfig):
         title="GiB of CPU memory that all accumulated Hessians may take together.",
         description=(
             "Given away in the order of the layers' first calls; a warning names the layers that it is too little for, "
-            "and their Hessians come from the sampled rows. With `sequential` it is the bound for one block at a time."
+            "and their Hessians come from the sampled rows. With `sequential` it is the bound for one block at a time. "
+            "Each of several processes may take as much."
         ),
     )
 
@@ -266,6 +267,15 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
         default_factory=dict,
         title="Changes to the plan, by module name or pattern.",
         description="E.g. {'*.norm1.linear': {'out_segments': [64, 64]}}; None leaves the matched Linears uncut.",
+    )
+    distributed_sync: bool = ModeloptField(
+        default=True,
+        title="Calibrate together with the other processes of the default process group, where one is initialized.",
+        description=(
+            "Each process runs its share of the calibration data (`modelopt_ext.distributed.share`) through its own "
+            "copy of the model; what they saw is merged, the layers are dealt out, and all end with the same model. "
+            "False calibrates in this process alone."
+        ),
     )
     progress: bool = ModeloptField(default=True, title="Show a progress bar that counts layers.")
 

@@ -13,7 +13,7 @@ from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
 from torch import Tensor, nn
 
 from modelopt_ext import LinearPlan
-from modelopt_ext.calibrate import LinearStatistics, SearchOptions, solve_linear
+from modelopt_ext.calibrate import LinearStatistics, SearchOptions, collect, solve_linear
 from modelopt_ext.calibrate.driver import fill
 from modelopt_ext.calibrate.polarity import Treatment, affordable_second_products, candidates, is_polar, shift_of
 from modelopt_ext.calibrate.search import SIGNIFICANT, WORTHWHILE, is_better, least
@@ -21,6 +21,7 @@ from modelopt_ext.calibrate.smoothing import smoothing_scale
 from modelopt_ext.calibrate.statistics import GROUPS, SPANS
 from modelopt_ext.formats import QuantFormat, quantize_dequantize, row_amax
 from modelopt_ext.nn import to_seg_linear
+from modelopt_ext.positions import ITEM, CallPositions, at
 
 INT8 = QuantFormat(8)
 INT8_ROWS = QuantFormat(8, per_row=True)
@@ -96,11 +97,95 @@ def test_sample_is_bounded_repeatable_and_uniform():
     assert counts[0] / counts.sum() == pytest.approx(0.5, abs=0.02)
 
 
-def test_sample_does_not_depend_on_how_rows_are_batched():
-    rows = normal(60, 4)
-    whole = watched(rows, samples=16, seed=1).rows
-    split = watched(*rows.split(7), samples=16, seed=1).rows
-    assert torch.equal(whole, split)
+def dealt(calls: list[Tensor], processes: int, **options: int) -> list[LinearStatistics]:
+    """What each of some processes holds that got the calls one after the other."""
+    parts = [LinearStatistics(**{"samples": 10_000, "seed": 0, **options}) for _ in range(processes)]
+    for position, call in enumerate(calls):
+        parts[position % processes].update(call, position)
+    return parts
+
+
+def assert_same(one: LinearStatistics, other: LinearStatistics) -> None:
+    """Everything that choices depend on, bit by bit."""
+    assert (one.calls, one.rows_seen) == (other.calls, other.rows_seen)
+    assert torch.equal(one.rows, other.rows)
+    assert torch.equal(one.groups, other.groups)
+    assert (one.can_fit_weights, one.can_fit_ranges) == (other.can_fit_weights, other.can_fit_ranges)
+    halves = one.first_half(), other.first_half()
+    assert halves[0] is halves[1] is None or torch.equal(*halves)
+    for a, b in zip([one.whole, *one.folds()], [other.whole, *other.folds()], strict=True):
+        assert torch.equal(a.rows, b.rows)
+        assert torch.equal(a.source, b.source)
+        for kind in ("max", "mean", "p99"):
+            of_a, of_b = (sample.select(slice(None), torch.device("cpu"), kind).range for sample in (a, b))
+            assert torch.equal(of_a.high, of_b.high)
+            assert torch.equal(of_a.low, of_b.low)
+
+
+@pytest.mark.parametrize("samples", [10, 10_000])
+@pytest.mark.parametrize("items", [1, 6])
+@pytest.mark.parametrize(("calls", "processes"), [(37, 2), (37, 3), (3, 2), (1, 2), (70, 5)])
+def test_joined_statistics_are_those_of_one_process(calls: int, processes: int, items: int, samples: int):
+    data = [normal(items, 3 + call % 2, 8, seed=call) for call in range(calls)]
+    parts = dealt(data, processes, samples=samples, seed=3)
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = joined | part
+    assert_same(joined, watched(*data, samples=samples, seed=3))
+    backwards = parts[-1]
+    for part in parts[-2::-1]:
+        backwards = backwards | part
+    assert_same(backwards, joined)
+
+
+def test_a_layers_sample_depends_on_the_seed_and_its_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def kept(seed: int) -> list[Tensor]:
+        found = collect(model, {"0": model[0], "1": model[0]}, lambda: model(normal(50, 4)), samples=9, seed=seed)
+        return [found[name].rows for name in ("0", "1")]
+
+    assert torch.equal(kept(0)[0], kept(0)[0])
+    assert not torch.equal(kept(0)[0], kept(1)[0])
+    assert not torch.equal(kept(0)[0], kept(0)[1])
+
+
+def test_calls_are_items_unless_they_are_marked():
+    """Row r of call c holds 10 c + r; each call of the model calls the layer twice."""
+    layer = nn.Linear(1, 1)
+    model = nn.Sequential(layer, layer)
+    layer.weight.data.fill_(1.0)
+    layer.bias.data.fill_(0.0)
+
+    def positions(rank: int, size: int, run: Callable[[], object]) -> list[tuple[int, int]]:
+        numbers = CallPositions(rank, size)
+        found = collect(model, {"layer": layer}, run, samples=100, seed=0, positions=numbers)["layer"]
+        return [tuple(origin[:2]) for origin in found._origin.tolist()]
+
+    def calls(count: int) -> None:
+        for call in range(count):
+            model(torch.full((1, 1), float(call)))
+
+    assert positions(0, 1, lambda: calls(2)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert positions(1, 3, lambda: calls(2)) == [(1, 0), (1, 1), (4, 0), (4, 1)]
+    assert positions(1, 3, lambda: [layer(torch.ones(1, 1)) for _ in range(2)]) == [(1, 0), (4, 0)]
+
+    def marked() -> None:
+        for item in (5, 6):
+            with at(item):
+                calls(2)
+
+    first, second = 5 * ITEM, 6 * ITEM
+    both = [(position + call, n) for position in (first, second) for call in (0, 1) for n in (0, 1)]
+    assert positions(1, 3, marked) == both
+
+    def twice() -> None:  # an epoch more: no two calls have the same keys
+        for _ in range(2):
+            for item in (0, 1):
+                with at(item):
+                    layer(torch.ones(1, 1))
+
+    assert positions(0, 1, twice) == [(0, 0), (ITEM, 0), (0, 1), (ITEM, 2)]
 
 
 @pytest.mark.parametrize("count", [2, 5, 8, 9, 16, 37])
@@ -365,7 +450,7 @@ def test_clipping_is_chosen_for_rare_outliers():
         x[0, seed % 32] = 40.0  # one value in 128,000
         return x
 
-    statistics = watched(*[rows(seed) for seed in range(8)], samples=512)
+    statistics = watched(*[rows(seed) for seed in range(8)], samples=512, seed=2)  # a sample without these values
     plan = LinearPlan.trivial(32, 48)
     clipped = solve_linear(weight, plan, statistics, INT8, INT8_ROWS, SearchOptions("none", clips=(1.0, 0.5, 0.25)))
     assert clipped.input_amax["block0_0"] == 10.0

@@ -27,7 +27,7 @@ from .search import LinearSolution
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 # How far the same data's largest values may lie apart: kernels of GPUs do not always add in the same order.
 TOLERANCE = 0.02
 MANIFEST = "manifest.json"

@@ -2,6 +2,9 @@
 
 Nothing of the model changes before every layer has its solution; only sequential calibration changes it stage by stage,
 and takes that back after an error. So an error on the way leaves the model as it was.
+
+In several processes each does the pass on its share of the data; what they saw is merged, and each searches its share
+of the layers. Everything else is decided in all of them alike, from the same numbers.
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,16 +24,27 @@ from torch import nn
 
 from ..config import SegQuantCalibConfig
 from ..dataflow import RecordFirstForward
+from ..distributed import Processes
 from ..formats import QuantFormat
 from ..nn import QuantizerBank, SegConv2d, SegLinear, to_seg_conv, to_seg_linear
 from ..plan import LinearPlan, SegmentPlan, fold_names
+from ..positions import CallPositions
 from ..presets import PER_TOKEN
+from .agreement import Agreement
 from .checkpoint import fingerprint, parameters_fingerprint, weight_checksum
 from .convolutions import segmentable_convolutions, solve_convolution
 from .generated_inputs import generated_forward_loop
 from .gptq import GPTQOptions
 from .hessian import HessianMemory, SecondMoments
-from .other_quantizers import disable_uncalibrated, max_calibration, other_quantizers, uncalibrated
+from .merging import Seen, seen_by_all
+from .other_quantizers import (
+    check_mergeable,
+    disable_uncalibrated,
+    max_calibration,
+    merge_maxima,
+    other_quantizers,
+    uncalibrated,
+)
 from .polarity import affordable_second_products
 from .recorded_calls import RecordedCalls
 from .refine import LowRankOptions, RefineOptions
@@ -94,8 +108,82 @@ def calibrate_model(
 
     Raises:
         ValueError: nothing to calibrate, data that is missing, broken or not finite, or a plan that does not fit; the
-            model is then unchanged.
+            model is then unchanged, in all processes.
+        RuntimeError: another process did not come, or died.
     """
+    with Processes.meeting(config.distributed_sync) as processes:
+        return _calibrate(model, config, forward_loop, previous_plan, processes)
+
+
+def _calibrate(
+    model: nn.Module,
+    config: SegQuantCalibConfig,
+    forward_loop: ForwardLoop | None,
+    previous_plan: SegmentPlan | None,
+    processes: Processes,
+) -> Calibration:
+    """See :func:`calibrate_model`."""
+    synthetic = forward_loop is None
+    positions = CallPositions(processes.rank, processes.size)
+    with processes.together():
+        layers, convolutions, others = _layers_of(model, config)
+        if config.is_sequential and synthetic:
+            raise ValueError("sequential calibration needs data: pass forward_loop, or leave sequential=False")
+        if processes.size > 1:
+            check_mergeable(others)
+            agreement = Agreement.of(model, config, synthetic, previous_plan)
+    if processes.size > 1:
+        agreement.check(processes)
+    calls = None
+    if config.is_sequential:
+        modules = {name: layer.module for name, layer in (*layers.items(), *convolutions.items())}
+        calls = RecordedCalls(model, modules, positions)
+    observed = _observe(
+        model, layers, convolutions, others, config, forward_loop, previous_plan, calls, positions, processes
+    )
+    plan, seen = observed.plan, observed.seen
+    called = list(seen)
+    seen_linears = {name: numbers for name, numbers in seen.items() if name in layers}
+    reached = {name: convolutions[name] for name in seen if name in convolutions}
+    layers = _with_outer_policies(model, layers, config, list(seen_linears))
+    layers = _without_uncalled(layers, seen_linears)
+
+    affordable = affordable_second_products(
+        {
+            name: numbers.rows * layers[name].module.in_features * layers[name].module.out_features
+            for name, numbers in seen_linears.items()
+        },
+        config.second_product_budget,
+    )
+    affordable |= affordable_second_products(
+        {name: seen[name].rows * layer.module.weight.numel() for name, layer in reached.items()},
+        config.second_product_budget,
+    )
+    solver = _Solver(model, layers, reached, plan, config, affordable, synthetic)
+    stages = _stages(model, solver.wanted, called, config)
+    with torch.no_grad():
+        solutions = solve_stages(solver, stages, observed.statistics, calls, seen, processes)
+        _leave_unsolved(layers, convolutions, solutions)
+        disable_uncalibrated(others)
+    left = [name for name, solution in solutions.items() if solution.too_few_rows]
+    if left:
+        logger.warning(
+            "segquant: the weights of %s are not fitted to the calibration data (gptq, refits, corrections): it shows "
+            "them too few different rows, one an item and timestep. More prompts and timesteps change that",
+            fold_names(left),
+        )
+    if not synthetic:
+        _warn_of_rows_for_hessians(solutions, config)
+    logger.info("segquant: %s", plan.summary())
+    worst = sorted((solution.sqnr, name) for name, solution in solutions.items() if not math.isnan(solution.sqnr))[:5]
+    logger.info("segquant: lowest output SQNR: %s", ", ".join(f"{name} {sqnr:.1f} dB" for sqnr, name in worst))
+    return Calibration(plan, solutions)
+
+
+def _layers_of(
+    model: nn.Module, config: SegQuantCalibConfig
+) -> tuple[dict[str, _Layer], dict[str, _Layer], dict[str, TensorQuantizer]]:
+    """The Linears and the convolutions to calibrate, checked, and the quantizers of everything else."""
     layers = _quantized_linears(model)
     found = {
         name: _Layer(name, model.get_submodule(name), *formats)
@@ -113,54 +201,7 @@ def calibrate_model(
         _check_layer(layer, config.for_layer(layer.name))
     for layer in convolutions.values():
         _check_polarity(layer, config.for_layer(layer.name))
-    synthetic = forward_loop is None
-    calls = None
-    if config.is_sequential:
-        if synthetic:
-            raise ValueError("sequential calibration needs data: pass forward_loop, or leave sequential=False")
-        modules = {name: layer.module for name, layer in (*layers.items(), *convolutions.items())}
-        calls = RecordedCalls(model, modules)
-    plan, statistics = _observe(model, layers, convolutions, others, config, forward_loop, previous_plan, calls)
-    called = list(statistics)
-    seen_by_convolutions = {name: statistics.pop(name) for name in convolutions if name in statistics}
-    layers = _with_outer_policies(model, layers, config, list(statistics))
-    layers = _without_uncalled(layers, statistics)
-
-    affordable = affordable_second_products(
-        {
-            name: seen.rows_seen * layers[name].module.in_features * layers[name].module.out_features
-            for name, seen in statistics.items()
-        },
-        config.second_product_budget,
-    )
-    affordable |= affordable_second_products(
-        {
-            name: seen.rows_seen * convolutions[name].module.weight.numel()
-            for name, seen in seen_by_convolutions.items()
-        },
-        config.second_product_budget,
-    )
-    reached = {name: convolutions[name] for name in seen_by_convolutions}
-    solver = _Solver(model, layers, reached, plan, config, affordable, synthetic)
-    stages = _stages(model, solver.wanted, called, config)
-    with torch.no_grad():
-        statistics |= seen_by_convolutions
-        solutions = solve_stages(solver, stages, statistics, calls)
-        _leave_unsolved(layers, convolutions, solutions)
-        disable_uncalibrated(others)
-    left = [name for name, solution in solutions.items() if solution.too_few_rows]
-    if left:
-        logger.warning(
-            "segquant: the weights of %s are not fitted to the calibration data (gptq, refits, corrections): it shows "
-            "them too few different rows, one an item and timestep. More prompts and timesteps change that",
-            fold_names(left),
-        )
-    if not synthetic:
-        _warn_of_rows_for_hessians(solutions, config)
-    logger.info("segquant: %s", plan.summary())
-    worst = sorted((solution.sqnr, name) for name, solution in solutions.items() if not math.isnan(solution.sqnr))[:5]
-    logger.info("segquant: lowest output SQNR: %s", ", ".join(f"{name} {sqnr:.1f} dB" for sqnr, name in worst))
-    return Calibration(plan, solutions)
+    return layers, convolutions, others
 
 
 def _stages(
@@ -341,6 +382,27 @@ class _Solver:
         _apply(self.model, self.modules, linears, solutions)
         _apply_convolutions({n: layer for n, layer in self._convolutions.items() if n in solutions}, solutions)
 
+    def units(self, names: Sequence[str], seen: Mapping[str, Seen]) -> Iterator[tuple[Sequence[str], float]]:
+        """These layers, those that are solved together, and about how many multiply-adds that takes.
+
+        Args:
+            names: of layers.
+            seen: what was seen of each that was called.
+        """
+        done: set[str] = set()
+        for name in names:
+            if name not in done:
+                unit = self._sharing.get(name, (name,))
+                done.update(unit)
+                yield unit, sum(self._cost(part, seen.get(part)) for part in unit)
+
+    def _cost(self, name: str, seen: Seen | None) -> float:
+        shape = self.modules[name]._parameters["weight"].shape
+        outputs, inputs = shape[0], shape[1:].numel()
+        # Trying a setting multiplies the sampled rows by the weight; GPTQ goes through its columns.
+        rows = min(self.config.rows_to_keep, 1 if seen is None else seen.rows)
+        return float(outputs * inputs * (rows + inputs))
+
     def checksum(self, name: str) -> int:
         """Of a layer's weight."""
         module = self.modules[name]
@@ -349,9 +411,9 @@ class _Solver:
             assert weight is not None
             return weight_checksum(weight)
 
-    def manifest(self, stages: Sequence[Stage], statistics: Mapping[str, LinearStatistics]) -> dict[str, Any]:
+    def manifest(self, stages: Sequence[Stage], seen: Mapping[str, Seen]) -> dict[str, Any]:
         """What a checkpoint has to be of."""
-        config = self.config.model_dump(exclude={"progress", "layerwise", "device"})
+        config = self.config.model_dump(exclude={"progress", "layerwise", "device", "distributed_sync"})
         formats = {
             layer.name: (str(layer.input_format), str(layer.weight_format))
             for layer in (*self._linears.values(), *self._convolutions.values())
@@ -362,12 +424,8 @@ class _Solver:
             "formats": fingerprint(formats),
             "plan": fingerprint(self._plan.to_dict()),
             "seed": self.config.seed,
-            "data": fingerprint({name: (seen.calls, seen.rows_seen) for name, seen in statistics.items()}),
-            "ranges": {
-                name: [float(seen.rows.min()), float(seen.rows.max())]
-                for name, seen in statistics.items()
-                if seen.rows is not None
-            },
+            "data": fingerprint({name: (numbers.calls, numbers.rows) for name, numbers in seen.items()}),
+            "ranges": {name: [numbers.low, numbers.high] for name, numbers in seen.items()},
             "stages": [stage.name for stage in stages],
         }
 
@@ -514,6 +572,21 @@ def _alphas(config: SegQuantCalibConfig) -> tuple[float | None, ...]:
     return (config.alpha,)
 
 
+@dataclass
+class _Observed:
+    """What the calibration data shows.
+
+    Attributes:
+        plan: the segments.
+        statistics: of this process's share, by layer.
+        seen: of the whole, in numbers, in the order of first calls.
+    """
+
+    plan: SegmentPlan
+    statistics: dict[str, LinearStatistics]
+    seen: dict[str, Seen]
+
+
 def _observe(
     model: nn.Module,
     layers: Mapping[str, _Layer],
@@ -523,60 +596,43 @@ def _observe(
     forward_loop: ForwardLoop | None,
     previous_plan: SegmentPlan | None,
     calls: RecordedCalls | None,
-) -> tuple[SegmentPlan, dict[str, LinearStatistics]]:
+    positions: CallPositions,
+    processes: Processes,
+) -> _Observed:
     """One pass: the plan from its first forward unless one is given, the statistics from all of it."""
     synthetic = forward_loop is None
-    if forward_loop is None:
-        static = [layer.name for layer in (*layers.values(), *convolutions.values()) if layer.is_static]
-        static += [name for name in uncalibrated(others) if not name.endswith("weight_quantizer")]
-        if static or config.needs_statistics:
-            reason = f"static activation scales ({static[0]}, ...)" if static else f"alpha={config.alpha!r}"
-            if not static and config.alpha is None:
-                reason = f"polarity={config.polarity!r}"
-            raise ValueError(
-                f"{reason} need calibration data: pass forward_loop, a function that runs the model on it, or use "
-                "SEGQUANT_INT8_DYNAMIC_CFG, which does without"
-            )
-        forward_loop = generated_forward_loop(model)
     given = None if config.plan is None else SegmentPlan.from_dict(config.plan)
     known = given or previous_plan
-    modules = {name: layer.module for name, layer in (*layers.items(), *convolutions.items())}
     recorder = RecordFirstForward(model, merge_heads=config.merge_heads)
-
-    def run() -> None:
-        assert forward_loop is not None
-        try:
-            with (
-                recorder if known is None else nullcontext(),
-                max_calibration(model, others),
-                nullcontext() if calls is None else calls.recording(),
-            ):
-                forward_loop(model)
-        except Exception as error:
-            source = "the forward on generated inputs" if synthetic else "forward_loop"
-            raise ValueError(
-                f"{source} raised {type(error).__name__}: {error}; the model is unchanged, mend it and call again"
-            ) from error
-
-    if known is not None:
-        known.check(model)
-    samples = 1 if synthetic else config.rows_to_keep
-    # Generated rows say nothing, and sequential calibration looks at every block once more before it is solved.
-    once = not synthetic and calls is None
-    new = _NewStatistics(config, _hessian_limits(layers.values(), config) if once else {}, HessianMemory())
-    statistics = collect(model, modules, run, samples=samples, seed=config.seed, new=new)
-    if not statistics:
+    with processes.together():
+        if forward_loop is None:
+            _check_needs_no_data([*layers.values(), *convolutions.values()], others, config)
+            forward_loop = generated_forward_loop(model)
+        if known is not None:
+            known.check(model)
+        statistics = _run(
+            model,
+            layers,
+            convolutions,
+            others,
+            config,
+            forward_loop,
+            synthetic,
+            calls,
+            positions,
+            nullcontext() if known is not None else recorder,
+        )
+    # Generated inputs are not dealt out: every process had its own, and nothing but their number is looked at.
+    sharing = Processes() if synthetic else processes
+    seen = seen_by_all(statistics, sharing)
+    if not seen:
         raise ValueError(
             "forward_loop never ran a quantized Linear of the model: it gets the model as its argument and has to call "
             "that one, e.g. `for batch in data: model(**batch)`"
         )
-    for name, seen in statistics.items():
-        if not seen.range.is_finite:
-            raise ValueError(
-                f"the inputs of {name} hold NaN or infinity during calibration (the first layer in execution order "
-                "where they do); check the calibration data and the model's dtype, float16 may overflow"
-            )
-    plan = known if known is not None else recorder.plan
+    merge_maxima(others, model, sharing)
+    _warn_of_unshared_data(statistics, sharing)
+    plan = known if known is not None else _first_plan(recorder.plan, statistics, sharing)
     if plan is None:
         raise ValueError("forward_loop never called the model itself, only parts of it; call model(...)")
     if config.overrides:
@@ -588,7 +644,96 @@ def _observe(
             "the model is segmented already, with another plan than this config asks for; load the original model "
             "again, or leave plan, overrides and segments as they were to calibrate it anew"
         )
-    return plan, statistics
+    return _Observed(plan, statistics, seen)
+
+
+def _check_needs_no_data(
+    layers: Iterable[_Layer], others: Mapping[str, TensorQuantizer], config: SegQuantCalibConfig
+) -> None:
+    static = [layer.name for layer in layers if layer.is_static]
+    static += [name for name in uncalibrated(others) if not name.endswith("weight_quantizer")]
+    if static or config.needs_statistics:
+        reason = f"static activation scales ({static[0]}, ...)" if static else f"alpha={config.alpha!r}"
+        if not static and config.alpha is None:
+            reason = f"polarity={config.polarity!r}"
+        raise ValueError(
+            f"{reason} need calibration data: pass forward_loop, a function that runs the model on it, or use "
+            "SEGQUANT_INT8_DYNAMIC_CFG, which does without"
+        )
+
+
+def _run(
+    model: nn.Module,
+    layers: Mapping[str, _Layer],
+    convolutions: Mapping[str, _Layer],
+    others: Mapping[str, TensorQuantizer],
+    config: SegQuantCalibConfig,
+    forward_loop: ForwardLoop,
+    synthetic: bool,
+    calls: RecordedCalls | None,
+    positions: CallPositions,
+    recording: AbstractContextManager[object],
+) -> dict[str, LinearStatistics]:
+    """Run the loop once and watch the layers; calls are recorded in ``calls``, and in whatever ``recording`` does."""
+    modules = {name: layer.module for name, layer in (*layers.items(), *convolutions.items())}
+
+    def run() -> None:
+        try:
+            with (
+                recording,
+                max_calibration(model, others),
+                nullcontext() if calls is None else calls.recording(),
+            ):
+                forward_loop(model)
+        except Exception as error:
+            source = "the forward on generated inputs" if synthetic else "forward_loop"
+            raise ValueError(
+                f"{source} raised {type(error).__name__}: {error}; the model is unchanged, mend it and call again"
+            ) from error
+
+    samples = 1 if synthetic else config.rows_to_keep
+    # Generated rows say nothing, and sequential calibration looks at every block once more before it is solved.
+    once = not synthetic and calls is None
+    new = _NewStatistics(config, _hessian_limits(layers.values(), config) if once else {}, HessianMemory())
+    statistics = collect(model, modules, run, samples=samples, seed=config.seed, new=new, positions=positions)
+    for name, seen in statistics.items():
+        if not seen.range.is_finite:
+            raise ValueError(
+                f"the inputs of {name} hold NaN or infinity during calibration (the first layer in execution order "
+                "where they do); check the calibration data and the model's dtype, float16 may overflow"
+            )
+    return statistics
+
+
+def _first_plan(
+    recorded: SegmentPlan | None, statistics: Mapping[str, LinearStatistics], processes: Processes
+) -> SegmentPlan | None:
+    """The plan that one process would have recorded, of the first call of all; warns if other calls gave others."""
+    first = min((found.first_position for found in statistics.values()), default=-1)
+    plans = [(position, plan) for position, plan in processes.gather((first, recorded)) if plan is not None]
+    if not plans:
+        return None
+    chosen: SegmentPlan = min(plans, key=lambda found: found[0])[1]
+    if any(plan != chosen for _, plan in plans):
+        logger.warning(
+            "segquant: the processes' first calls of the model show different segments; those of the very first call "
+            "are taken, as in a single process. Pass a plan in the algorithm's config to decide"
+        )
+    return chosen
+
+
+def _warn_of_unshared_data(statistics: Mapping[str, LinearStatistics], processes: Processes) -> None:
+    numbers = {
+        name: (seen.rows_seen, seen.range.high.double().sum().item(), seen.range.low.double().sum().item())
+        for name, seen in statistics.items()
+    }
+    found = processes.gather(numbers)
+    if len(found) > 1 and all(other == found[0] for other in found):
+        logger.warning(
+            "segquant: all %d processes read the same calibration data. Give each its share: for batch in "
+            "modelopt_ext.distributed.share(batches)",
+            len(found),
+        )
 
 
 def _hessian_limits(layers: Iterable[_Layer], config: SegQuantCalibConfig) -> dict[nn.Module, float]:
@@ -691,9 +836,9 @@ def _under_policy(layer: _Layer, policy: str) -> _Layer:
     return _Layer(layer.name, layer.module, activation, weight)
 
 
-def _without_uncalled(layers: dict[str, _Layer], statistics: Mapping[str, LinearStatistics]) -> dict[str, _Layer]:
+def _without_uncalled(layers: dict[str, _Layer], called: Collection[str]) -> dict[str, _Layer]:
     """Leave Linears in full precision that need static scales and were never called."""
-    uncalled = [layer.name for layer in layers.values() if layer.name not in statistics and layer.is_static]
+    uncalled = [layer.name for layer in layers.values() if layer.name not in called and layer.is_static]
     if uncalled:
         logger.warning(
             "segquant: the calibration data never reached %s; left in full precision. Calibrate with inputs that use "

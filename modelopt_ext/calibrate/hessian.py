@@ -56,6 +56,15 @@ class SecondMoments:
             self.products += (rows.T @ rows).cpu()
         self.count += len(rows)
 
+    def __or__(self, other: SecondMoments) -> SecondMoments:
+        """The sums over both sets of rows, about this one's origin; rounded otherwise than if added up row by row."""
+        if self.origin is None or other.origin is None or self.total is None or other.total is None:
+            return other if self.origin is None else self
+        assert self.products is not None
+        total = other.total + other.count * (other.origin - self.origin)
+        products = self.products + other.about(self.origin, torch.device("cpu"))
+        return SecondMoments(self.count + other.count, self.origin, self.total + total, products)
+
     def about(self, shift: Tensor | None, device: torch.device) -> Tensor:
         """Sum of (x - c)(x - c)^T over all rows, (K, K) float32 on ``device``.
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
+from modelopt.torch.quantization.calib import MaxCalibrator
 from modelopt.torch.quantization.model_calib import enable_stats_collection, finish_stats_collection
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from modelopt.torch.quantization.utils import enable_weight_access_and_writeback
 from torch import Tensor, nn
 
+from ..distributed import Processes
 from ..plan import fold_names
 
 logger = logging.getLogger(__name__)
@@ -81,14 +83,66 @@ def _collect_weights(model: nn.Module, wanted: Collection[int]) -> None:
                 quantizer(weight)
 
 
+def check_mergeable(quantizers: Mapping[str, TensorQuantizer]) -> None:
+    """Refuse quantizers whose statistics of several processes can't be put together afterwards.
+
+    Raises:
+        ValueError: names one and what to do.
+    """
+    for name, quantizer in quantizers.items():
+        if not _has_static_scale(quantizer):
+            continue
+        kind = type(quantizer._calibrator).__name__
+        if quantizer.bias_calibrator is not None and quantizer.bias_type == "static":
+            kind = "static bias"
+        elif kind == MaxCalibrator.__name__:
+            continue
+        raise ValueError(
+            f"{name} has a {kind}, which can't be merged over processes, only maxima can: use calibrator='max' and no "
+            "static bias for it, or calibrate in a single process (distributed_sync=False in the algorithm's config)"
+        )
+
+
+def merge_maxima(quantizers: Mapping[str, TensorQuantizer], model: nn.Module, processes: Processes) -> None:
+    """Give every quantizer the largest magnitudes that any process saw.
+
+    Args:
+        quantizers: by name, after :func:`max_calibration`.
+        model: holds them.
+        processes: all of them.
+    """
+    own = {
+        name: quantizer._amax.cpu()
+        for name, quantizer in quantizers.items()
+        if _has_static_scale(quantizer) and hasattr(quantizer, "_amax")
+    }
+    every = processes.gather(own)
+    if len(every) == 1:
+        return
+    for name, quantizer in quantizers.items():
+        found = [amax[name] for amax in every if name in amax]
+        if found:
+            quantizer.amax = reduce(torch.maximum, found).to(_device_beside(model, name))
+
+
+def _has_static_scale(quantizer: TensorQuantizer) -> bool:
+    return not (quantizer._use_constant_amax or quantizer._constant_amax is not None or quantizer._dynamic)
+
+
+def _device_beside(model: nn.Module, name: str) -> torch.device:
+    """Where the nearest weight to a module lies; the CPU if all of them are offloaded."""
+    while name:
+        name = name.rpartition(".")[0]
+        weights = (weight.device for weight in model.get_submodule(name).parameters() if not weight.is_meta)
+        device = next(weights, None)
+        if device is not None:
+            return device
+    return torch.device("cpu")
+
+
 def uncalibrated(quantizers: Mapping[str, TensorQuantizer]) -> list[str]:
     """The quantizers that need a static scale and have none."""
-    return [
-        name
-        for name, quantizer in quantizers.items()
-        if not (quantizer._use_constant_amax or quantizer._constant_amax is not None or quantizer._dynamic)
-        and quantizer.amax is None
-    ]
+    return [name for name, quantizer in quantizers.items() if _has_static_scale(quantizer) and quantizer.amax is None]
 
 
 def disable_uncalibrated(quantizers: Mapping[str, TensorQuantizer]) -> None:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ..positions import CallPositions
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +47,7 @@ class _Call:
     args: tuple[Any, ...]  # trees with _Kept in the place of tensors
     kwargs: dict[str, Any]
     autocast: Callable[[], AbstractContextManager[Any]]
+    position: int
     counts: Counter[str] = field(default_factory=Counter)  # calls of each layer
 
     def __call__(self, model: Callable[..., object]) -> object:
@@ -97,9 +100,13 @@ class RecordedCalls:
     Args:
         model: the model that is called.
         layers: the layers that are going to be solved, by name.
+        positions: numbers the calls; it gives the same numbers when they are made again.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], positions: CallPositions | None = None
+    ) -> None:
+        self.positions = positions or CallPositions()
         self._model = model
         self._layers = layers
         self._calls: list[_Call] = []
@@ -120,7 +127,8 @@ class RecordedCalls:
         def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
             device = tensors[0].device if tensors else torch.device("cpu")
-            self._calls.append(_Call(tree_map(self._keep, args), tree_map(self._keep, kwargs), _autocast_now(device)))
+            kept = tree_map(self._keep, args), tree_map(self._keep, kwargs)
+            self._calls.append(_Call(*kept, _autocast_now(device), self.positions(len(self._calls))))
 
         def count(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
             if self._calls:
@@ -155,5 +163,5 @@ class RecordedCalls:
             # Hooks run in the order they were made in: whoever collects has seen the input when the call ends.
             for name in remaining:
                 hooks.callback(self._layers[name].register_forward_pre_hook(count).remove)
-            with suppress(_Enough):
+            with suppress(_Enough), self.positions.pinned(call.position):
                 call(self._model)

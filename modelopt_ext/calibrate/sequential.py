@@ -13,7 +13,7 @@ which only works for a single list of blocks with nothing between them, and know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,7 +23,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ..config import SegQuantCalibConfig
+from ..distributed import Processes
 from .checkpoint import StageCheckpoints
+from .dealing import all_solutions, deal
+from .merging import Seen, merged, seen_by_all
 from .recorded_calls import RecordedCalls
 from .search import LinearSolution
 from .stages import Stage
@@ -62,10 +65,13 @@ class Solver(Protocol):
     def apply(self, solutions: Mapping[str, LinearSolution]) -> None:
         """Change the layers."""
 
+    def units(self, names: Sequence[str], seen: Mapping[str, Seen]) -> Iterable[tuple[Sequence[str], float]]:
+        """These layers, those that have to be solved in one process together, and what that costs."""
+
     def checksum(self, name: str) -> int:
         """Of a layer's weight."""
 
-    def manifest(self, stages: Sequence[Stage], statistics: Mapping[str, LinearStatistics]) -> dict[str, Any]:
+    def manifest(self, stages: Sequence[Stage], seen: Mapping[str, Seen]) -> dict[str, Any]:
         """What a checkpoint has to be of."""
 
 
@@ -74,51 +80,101 @@ def solve_stages(
     stages: Sequence[Stage],
     statistics: dict[str, LinearStatistics],
     calls: RecordedCalls | None,
+    seen: Mapping[str, Seen],
+    processes: Processes,
 ) -> dict[str, LinearSolution]:
-    """Solve stage after stage and change the model; after an error it is as it was.
+    """Solve stage after stage and change the model; after an error it is as it was, in all processes.
 
     Args:
         solver: solves one layer.
         stages: in order.
-        statistics: of the model in full precision; emptied on the way.
+        statistics: of the model in full precision, in this process; emptied on the way.
         calls: of the model, to be made again where stages are to read what the quantized stages before them give.
+        seen: what all processes saw.
+        processes: that solve the layers of each stage together.
     """
     checkpoints = None
-    if solver.config.layerwise.checkpoint_dir is not None:
-        checkpoints = StageCheckpoints(solver.config.layerwise.checkpoint_dir, solver.manifest(stages, statistics))
+    with processes.together():
+        if solver.config.layerwise.checkpoint_dir is not None and processes.is_main:
+            manifest = solver.manifest(stages, seen)
+            checkpoints = StageCheckpoints(solver.config.layerwise.checkpoint_dir, manifest)
     solutions: dict[str, LinearSolution] = {}
     undo = Undo(solver.model, solver.modules)
-    bar = tqdm(total=len(solver.wanted), desc="SegQuant", unit="layer", disable=not solver.config.progress)
+    silent = not (solver.config.progress and processes.is_main)
+    bar = tqdm(total=len(solver.wanted), desc="SegQuant", unit="layer", disable=silent)
     with bar:
         try:
             for index, stage in enumerate(stages):
-                checksums = {} if checkpoints is None else {name: solver.checksum(name) for name in stage.layers}
-                found = None if checkpoints is None else checkpoints.load(index, checksums)
-                if found is None:
-                    seen = {name: statistics[name] for name in stage.layers if name in statistics}
-                    references: dict[str, torch.Tensor] = {}
-                    if calls is not None and seen and (solutions or solver.accumulates(seen)):
-                        seen, references = _observe_again(solver, seen, solutions, calls)
-                    found = {}
-                    for name in stage.layers:
-                        found[name] = solver.solve(name, seen.get(name), references.get(name))
-                        bar.update()
-                    if checkpoints is not None:
-                        checkpoints.save(index, found, checksums)
-                else:
-                    solver.to_layers(found)
-                    bar.update(len(found))
+                before = bar.n
+                checksums, found = _from_checkpoint(solver, stage, index, checkpoints, processes)
+                if not found:
+                    found = _solve(solver, stage, statistics, solutions, calls, seen, processes, bar)
+                    with processes.together():
+                        if checkpoints is not None:
+                            checkpoints.save(index, found, checksums)
+                bar.update(len(found) - (bar.n - before))
+                solver.to_layers(found)
                 for name in stage.layers:
                     statistics.pop(name, None)
                 solutions |= found
                 if calls is not None:
-                    _apply(solver, found, undo)
+                    with processes.together():
+                        _apply(solver, found, undo)
             if calls is None:
-                _apply(solver, solutions, undo)
+                with processes.together():
+                    _apply(solver, solutions, undo)
         except BaseException:
             undo.undo()
             raise
     return solutions
+
+
+def _from_checkpoint(
+    solver: Solver, stage: Stage, index: int, checkpoints: StageCheckpoints | None, processes: Processes
+) -> tuple[dict[str, int], dict[str, LinearSolution]]:
+    """Checksums of a stage's weights and its solutions, if there are any; only the main process has checkpoints."""
+    checksums: dict[str, int] = {}
+    loaded = None
+    if solver.config.layerwise.checkpoint_dir is None:
+        return checksums, {}
+    with processes.together():
+        if checkpoints is not None:
+            checksums = {name: solver.checksum(name) for name in stage.layers}
+            loaded = checkpoints.load(index, checksums)
+    return checksums, all_solutions(loaded or {}, processes)
+
+
+def _solve(
+    solver: Solver,
+    stage: Stage,
+    statistics: MutableMapping[str, LinearStatistics],
+    solutions: Mapping[str, LinearSolution],
+    calls: RecordedCalls | None,
+    seen: Mapping[str, Seen],
+    processes: Processes,
+    bar: tqdm[Any],
+) -> dict[str, LinearSolution]:
+    """The solutions of a stage, see :func:`solve_stages`; each process solves its share."""
+    owners = deal(solver.units(stage.layers, seen), processes.size)
+    reading = {name: owners[name] for name in stage.layers if name in seen}
+    references: dict[str, torch.Tensor] = {}
+    if calls is not None and reading and (solutions or solver.accumulates(reading)):
+        again = _observe_again(solver, {name: seen[name] for name in reading}, solutions, calls, processes)
+        # Rows are drawn by number, not by value: those of both passes are the same tokens of the same calls.
+        correcting = {name: rank for name, rank in reading.items() if solver.config.for_layer(name).correct_activations}
+        first = merged(statistics, correcting, processes)
+        references = {name: found.rows for name, found in first.items() if found.rows is not None}
+        found = merged(again, reading, processes)
+    else:
+        found = merged(statistics, reading, processes)
+    own: dict[str, LinearSolution] = {}
+    with processes.together():
+        for name in stage.layers:
+            if owners[name] == processes.rank:
+                own[name] = solver.solve(name, found.get(name), references.get(name))
+                bar.update()
+    everything = all_solutions(own, processes)
+    return {name: everything[name] for name in stage.layers}
 
 
 def _apply(solver: Solver, solutions: Mapping[str, LinearSolution], undo: Undo) -> None:
@@ -130,17 +186,19 @@ def _apply(solver: Solver, solutions: Mapping[str, LinearSolution], undo: Undo) 
 
 def _observe_again(
     solver: Solver,
-    first: Mapping[str, LinearStatistics],
+    first: Mapping[str, Seen],
     solutions: Mapping[str, LinearSolution],
     calls: RecordedCalls,
-) -> tuple[dict[str, LinearStatistics], dict[str, torch.Tensor]]:
-    """Statistics of some layers with the layers before them quantized, and the rows they read in full precision.
+    processes: Processes,
+) -> dict[str, LinearStatistics]:
+    """Statistics of some layers, in this process, with the layers before them quantized.
 
     Args:
         solver: knows the layers.
-        first: their statistics in full precision.
+        first: what all processes saw them read in full precision.
         solutions: of the layers that are quantized already.
-        calls: of the model.
+        calls: of the model, in this process.
+        processes: all of them.
 
     Raises:
         ValueError: an input is not finite, or other rows than in the first pass were read.
@@ -152,31 +210,29 @@ def _observe_again(
         for module in solver.model.modules()
         if isinstance(module, TensorQuantizer) and id(module) not in rounding
     )
-    again = collect(
-        silent,
-        {name: solver.modules[name] for name in first},
-        partial(calls.replay, tuple(first)),
-        samples=solver.config.rows_to_keep,
-        seed=solver.config.seed,
-        new=solver.new_statistics(),
-    )
+    with processes.together():
+        again = collect(
+            silent,
+            {name: solver.modules[name] for name in first},
+            partial(calls.replay, tuple(first)),
+            samples=solver.config.rows_to_keep,
+            seed=solver.config.seed,
+            new=solver.new_statistics(),
+            positions=calls.positions,
+        )
+        for name, found in again.items():
+            if not found.range.is_finite:
+                raise ValueError(
+                    f"the inputs of {name} hold NaN or infinity once the layers before it are quantized; use more bits "
+                    "there, or bfloat16 instead of float16"
+                )
+    seen = seen_by_all(again, processes)
     for name, before in first.items():
-        now = again.get(name)
-        if now is None or (now.rows_seen, now.calls) != (before.rows_seen, before.calls):
+        now = seen.get(name)
+        if now is None or (now.rows, now.calls) != (before.rows, before.calls):
             raise ValueError(
-                f"{name} read {before.rows_seen} rows in full precision and {0 if now is None else now.rows_seen} when "
+                f"{name} read {before.rows} rows in full precision and {0 if now is None else now.rows} when "
                 "the calls of the model were made again. For sequential calibration forward_loop has to call the model "
                 "itself, not its parts, and the model must always do the same; use sequential=False otherwise"
             )
-        if not now.range.is_finite:
-            raise ValueError(
-                f"the inputs of {name} hold NaN or infinity once the layers before it are quantized; use more bits "
-                "there, or bfloat16 instead of float16"
-            )
-    # Rows are drawn by number, not by value: those of both passes are the same tokens of the same calls.
-    references = {
-        name: seen.rows
-        for name, seen in first.items()
-        if seen.rows is not None and solver.config.for_layer(name).correct_activations
-    }
-    return again, references
+    return again

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any, Protocol
 
+import numpy
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
+from ..positions import CallPositions
 from .hessian import SecondMoments
 
-# Ranges are kept apart for up to this many spans of consecutive calls, and for every other item of a batch, so that a
-# choice can be tried on data that its ranges do not come from.
+# Ranges are kept apart for up to this many spans of consecutive positions (calls, unless marked otherwise), and for
+# every other item of a batch, so that a choice can be tried on data that its ranges do not come from.
 SPANS = 8
 # Fewer items a call may be one prompt with and without guidance, which are no two samples of the same thing.
 ITEMS_TO_SPLIT = 4
@@ -88,13 +90,13 @@ class RunningRange:
     """The range of some calls, and the mean of the ranges of each."""
 
     range: ChannelRange
-    total: ChannelRange  # sums over calls
+    total: ChannelRange  # sums over calls, float64: exact for float32 numbers of like size, so in whatever order
     calls: int = 1
 
     @classmethod
     def of_call(cls, seen: ChannelRange) -> RunningRange:
         """Of one call."""
-        return cls(seen, seen)
+        return cls(seen, ChannelRange(seen.high.double(), seen.low.double()))
 
     def __or__(self, other: RunningRange) -> RunningRange:
         """The same of both sets of calls."""
@@ -105,7 +107,7 @@ class RunningRange:
     @property
     def mean(self) -> ChannelRange:
         """The mean over calls, in diffusion over timesteps, of each channel's largest and smallest value."""
-        return ChannelRange(self.total.high / self.calls, self.total.low / self.calls)
+        return ChannelRange((self.total.high / self.calls).float(), (self.total.low / self.calls).float())
 
 
 @dataclass
@@ -176,7 +178,12 @@ def _percentile_range(rows: Tensor, share: float) -> ChannelRange:
 class LinearStatistics:
     """The inputs that a Linear saw, x (rows, K) over all calls.
 
+    ``one | other`` are the statistics of both sets of calls: the same, up to the rounding of sums, that one object
+    would hold after all of them, if both were made with one ``samples`` and ``seed`` and no position occurs in both.
+
     Attributes:
+        samples: largest number of rows to keep.
+        seed: of the sample. A row's chance to stay follows from this and from where the row comes from alone.
         rows: (at most ``samples``, K) bfloat16 or float16, on the CPU: a uniform sample without replacement.
         rows_seen: number of rows over all calls.
         calls: number of calls.
@@ -189,34 +196,51 @@ class LinearStatistics:
     rows_seen: int = 0
     calls: int = 0
     moments: SecondMoments | None = None
-    _spans: list[RunningRange] = field(default_factory=list)
-    _calls_a_span: int = 1
+    _spans: dict[int, RunningRange] = field(default_factory=dict)  # by position // _positions_a_span
+    _positions_a_span: int = 1
     _alternate: tuple[RunningRange, RunningRange] | None = None
     _items: int = ITEMS_TO_SPLIT
     _tokens: int = 0
-    _keys: Tensor | None = None
-    _origin: Tensor | None = None
-    _generator: torch.Generator = field(default_factory=torch.Generator)
-
-    def __post_init__(self) -> None:
-        self._generator.manual_seed(self.seed)
+    _keys: Tensor | None = None  # (R,) float64
+    _origin: Tensor | None = None  # (R, 4) int64: position, call of the position, item of the batch, row of the call
+    _first: int = -1  # the position of the first call
+    _latest: int = -1  # the largest position so far
+    _repeats: int = 0  # calls since it was reached, the one that reached it not counted
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Take in the input of one call, (..., K)."""
+    def update(self, x: Tensor, position: int | None = None) -> None:
+        """Take in the input of one call.
+
+        Args:
+            x: (..., K).
+            position: of the call in the whole calibration data, see :mod:`..positions`; by default its number.
+        """
         if x.numel() == 0:
             return
         x = x.detach().reshape(x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1])
-        self._extend_ranges(x)
-        items, tokens, channels = x.shape
-        rows = x.reshape(-1, channels)
-        self._sample(rows, torch.arange(items).repeat_interleave(tokens))
+        rows = x.reshape(-1, x.shape[-1])
+        self._take(x, rows, position)
         if self.moments is not None:
             self.moments.update(rows)
-        self.rows_seen += items * tokens
+
+    def _take(self, x: Tensor, rows: Rows, position: int | None) -> None:
+        """Take in one call.
+
+        Args:
+            x: (items, tokens, K), the values whose ranges count.
+            rows: what to sample, as many rows of each item, item after item.
+            position: see :meth:`update`.
+        """
+        position = self.calls if position is None else position
+        self._first = position if not self.calls else self._first
+        self._repeats = 0 if position > self._latest else self._repeats + 1
+        self._latest = max(self._latest, position)
+        self._extend_ranges(x, position)
+        self._sample(rows, position, len(x))
+        self.rows_seen += rows.shape[0]
         self.calls += 1
 
-    def _extend_ranges(self, x: Tensor) -> None:
+    def _extend_ranges(self, x: Tensor, position: int) -> None:
         """Take in the ranges of one call, x (items, tokens, K)."""
         even, odd = (RunningRange.of_call(_range_of(x[start::2] if len(x) > 1 else x)) for start in (0, 1))
         self._items = min(self._items, len(x))
@@ -224,38 +248,91 @@ class LinearStatistics:
         if self._alternate is not None:
             even, odd = self._alternate[0] | even, self._alternate[1] | odd
         self._alternate = even, odd
-        seen = RunningRange.of_call(_range_of(x))
-        if self.calls % self._calls_a_span:
-            self._spans[-1] |= seen
-            return
-        if len(self._spans) == SPANS:
-            self._spans = [first | second for first, second in zip(self._spans[::2], self._spans[1::2], strict=True)]
-            self._calls_a_span *= 2
-        self._spans.append(seen)
+        while position // self._positions_a_span >= SPANS:
+            self._spans = _joined(self._spans)
+            self._positions_a_span *= 2
+        span, seen = position // self._positions_a_span, RunningRange.of_call(_range_of(x))
+        self._spans[span] = self._spans[span] | seen if span in self._spans else seen
 
-    def _sample(self, x: Rows, item: Tensor) -> None:
-        # Every row draws a random key; the rows with the smallest keys stay. One pass, exact, independent of how the
-        # rows are spread over calls, and most rows of a long pass are turned away before they are copied.
-        keys = torch.rand(x.shape[0], generator=self._generator, dtype=torch.float64)
+    def _sample(self, x: Rows, position: int, items: int) -> None:
+        # Every row draws a random key; the rows with the smallest keys stay. One pass, exact, and most rows of a long
+        # pass are turned away before they are copied. Keys come from a counter-based generator, so that they depend on
+        # nothing but where a row comes from, not on what was drawn before, or in which process.
+        stream = numpy.random.Philox(key=[self.seed, 0], counter=[0, self._repeats, position, 0])
+        keys = torch.from_numpy(numpy.random.Generator(stream).random(x.shape[0]))
         if self._keys is not None and len(self._keys) == self.samples:
             chosen = (keys < self._keys.max()).nonzero().squeeze(1)
         else:
             chosen = torch.arange(len(keys))
         if len(chosen) > self.samples:
-            chosen = chosen[keys[chosen].topk(self.samples, largest=False).indices].sort().values
+            chosen = chosen[_smallest(keys[chosen], self.samples)]
         if not len(chosen):
             return
         dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
         rows = x.index_select(0, chosen.to(x.device)).to("cpu", dtype)
-        # Where each row comes from: the call, and the item of the batch.
-        keys, origin = keys[chosen], torch.stack([torch.full_like(chosen, self.calls), item[chosen]], dim=1)
+        call = torch.tensor([[position, self._repeats]]).expand(len(chosen), 2)
+        origin = torch.cat([call, torch.stack([chosen // (x.shape[0] // items), chosen], dim=1)], dim=1)
+        self._keep(rows, keys[chosen], origin)
+
+    def _keep(self, rows: Tensor, keys: Tensor, origin: Tensor) -> None:
+        """Add rows to the sample, and drop what is too much."""
         if self.rows is not None and self._keys is not None and self._origin is not None:
             rows = torch.cat([self.rows, rows])
             keys, origin = torch.cat([self._keys, keys]), torch.cat([self._origin, origin])
         if len(keys) > self.samples:
-            kept = keys.topk(self.samples, largest=False).indices.sort().values
+            kept = _smallest(keys, self.samples)
             rows, keys, origin = rows[kept], keys[kept], origin[kept]
         self.rows, self._keys, self._origin = rows, keys, origin
+
+    def __or__(self, other: LinearStatistics) -> LinearStatistics:
+        """The statistics of both sets of calls; ``moments`` only where both have them."""
+        if not self.calls or not other.calls:
+            return self if self.calls else other
+        assert self._alternate is not None
+        assert other._alternate is not None
+        joined = LinearStatistics(self.samples, self.seed, _first=min(self._first, other._first))
+        joined.rows_seen, joined.calls = self.rows_seen + other.rows_seen, self.calls + other.calls
+        joined._items, joined._tokens = min(self._items, other._items), max(self._tokens, other._tokens)
+        joined._alternate = self._alternate[0] | other._alternate[0], self._alternate[1] | other._alternate[1]
+        joined._positions_a_span = max(self._positions_a_span, other._positions_a_span)
+        for part in (self, other):
+            spans, size = part._spans, part._positions_a_span
+            while size < joined._positions_a_span:
+                spans, size = _joined(spans), 2 * size
+            joined._spans = _union(joined._spans, spans)
+            if part.rows is not None and part._keys is not None and part._origin is not None:
+                joined._keep(part.rows, part._keys, part._origin)
+        if joined.rows is not None and joined._keys is not None and joined._origin is not None:
+            # In the order in which one process would have drawn them.
+            order = torch.from_numpy(numpy.lexsort(joined._origin.T.flip(0).numpy()))
+            joined.rows, joined._keys, joined._origin = joined.rows[order], joined._keys[order], joined._origin[order]
+        if self.moments is not None and other.moments is not None:
+            joined.moments = self.moments | other.moments
+        return joined
+
+    def with_keys_up_to(self, largest: float) -> LinearStatistics:
+        """The same with only part of the sample, for merging.
+
+        Args:
+            largest: no row with a larger key is in the sample of all processes.
+        """
+        assert self.rows is not None
+        assert self._origin is not None
+        kept = self.keys <= largest
+        fields = {name: getattr(self, name) for name in LinearStatistics.__dataclass_fields__}
+        changed = {"rows": self.rows[kept], "_keys": self.keys[kept], "_origin": self._origin[kept]}
+        return LinearStatistics(**{**fields, **changed})
+
+    @property
+    def keys(self) -> Tensor:
+        """(R,) float64, the keys that :attr:`rows` have drawn; the smallest of all."""
+        assert self._keys is not None
+        return self._keys
+
+    @property
+    def first_position(self) -> int:
+        """Position of the first call."""
+        return self._first
 
     @property
     def range(self) -> ChannelRange:
@@ -264,7 +341,7 @@ class LinearStatistics:
 
     @property
     def _seen(self) -> RunningRange:
-        return reduce(RunningRange.__or__, self._spans)
+        return reduce(RunningRange.__or__, self._spans.values())
 
     @property
     def whole(self) -> Sample:
@@ -289,8 +366,11 @@ class LinearStatistics:
         if self._items >= ITEMS_TO_SPLIT:
             first, second = self._alternate
         else:
-            middle = len(self._spans) // 2
-            first, second = (reduce(RunningRange.__or__, half) for half in (self._spans[:middle], self._spans[middle:]))
+            middle = self._middle
+            first, second = (
+                reduce(RunningRange.__or__, (seen for span, seen in self._spans.items() if (span < middle) is before))
+                for before in (True, False)
+            )
         halves, groups = (self.rows[in_first], self.rows[~in_first]), self.groups
         return [
             Sample(halves[0], second, halves[1], groups[in_first]),
@@ -305,8 +385,8 @@ class LinearStatistics:
         says whether it would be one on the next prompt.
         """
         assert self._origin is not None
-        call, item = self._origin.unbind(dim=1)
-        return item % GROUPS if self._items >= ITEMS_TO_SPLIT else call // self._calls_a_span
+        position, _, item, _ = self._origin.unbind(dim=1)
+        return item % GROUPS if self._items >= ITEMS_TO_SPLIT else position // self._positions_a_span
 
     @property
     def can_fit_weights(self) -> bool:
@@ -347,12 +427,37 @@ class LinearStatistics:
         if self.rows is None or self._origin is None or self._alternate is None:
             return None
         if self._items >= ITEMS_TO_SPLIT:
-            in_first = self._origin[:, 1] % 2 == 0
+            in_first = self._origin[:, 2] % 2 == 0
         elif len(self._spans) > 1:
-            in_first = self._origin[:, 0] < len(self._spans) // 2 * self._calls_a_span
+            in_first = self._origin[:, 0] // self._positions_a_span < self._middle
         else:
             return None
         return in_first if 0 < int(in_first.sum()) < len(in_first) else None
+
+    @property
+    def _middle(self) -> int:
+        """The first span of the second half."""
+        return sorted(self._spans)[len(self._spans) // 2]
+
+
+def _joined(spans: Mapping[int, RunningRange]) -> dict[int, RunningRange]:
+    """Spans twice as long."""
+    joined: dict[int, RunningRange] = {}
+    for span, seen in spans.items():
+        joined = _union(joined, {span // 2: seen})
+    return joined
+
+
+def _union(one: Mapping[int, RunningRange], other: Mapping[int, RunningRange]) -> dict[int, RunningRange]:
+    both = dict(one)
+    for span, seen in other.items():
+        both[span] = both[span] | seen if span in both else seen
+    return both
+
+
+def _smallest(keys: Tensor, count: int) -> Tensor:
+    """Where the ``count`` smallest of keys (n,) are, in ascending order: (count,) int64."""
+    return keys.topk(count, largest=False).indices.sort().values
 
 
 def _range_of(x: Tensor) -> ChannelRange:
@@ -375,6 +480,12 @@ def full_precision(model: nn.Module) -> Iterator[None]:
             quantizer._if_quant, quantizer._if_calib, quantizer._rotate = if_quant, if_calib, rotation
 
 
+def layer_seed(seed: int, name: str) -> int:
+    """The seed of a layer's sample, 64 bits."""
+    # crc32, not hash(): the latter differs from process to process.
+    return (seed % 2**32 << 32) ^ zlib.crc32(name.encode())
+
+
 def _of_linear(layer: nn.Module, samples: int, seed: int) -> LinearStatistics:
     return LinearStatistics(samples, seed)
 
@@ -387,6 +498,7 @@ def collect(
     samples: int,
     seed: int,
     new: Callable[[nn.Module, int, int], LinearStatistics] = _of_linear,
+    positions: CallPositions | None = None,
 ) -> dict[str, LinearStatistics]:
     """Run the calibration data through the model in full precision and watch the inputs of ``layers``.
 
@@ -397,23 +509,24 @@ def collect(
         samples: rows to keep a Linear.
         seed: of the row samples; a layer's sample depends on this, its name and its inputs alone.
         new: makes the empty statistics of a layer from (layer, samples, seed).
+        positions: numbers the calls.
 
     Returns:
         Statistics by name, of the layers that were called, in the order of their first call.
     """
     found: dict[str, LinearStatistics] = {}
+    positions = positions or CallPositions()
 
     def watch(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in found:
-            # crc32, not hash(): the latter differs from process to process.
-            found[name] = new(module, samples, (seed << 32) ^ zlib.crc32(name.encode()))
-        found[name].update(args[0] if args else kwargs["input"])
+            found[name] = new(module, samples, layer_seed(seed, name))
+        found[name].update(args[0] if args else kwargs["input"], positions(found[name].calls))
 
     handles = [
         layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, layer in layers.items()
     ]
     try:
-        with full_precision(model):
+        with full_precision(model), positions.counting(model):
             run()
     finally:
         for handle in handles:

@@ -76,7 +76,7 @@ class WindowStatistics(LinearStatistics):
         super().__init__(samples, seed)
         self._module = module
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, position: int | None = None) -> None:
         """Take in the input of one call, (B, C, H, W) or (C, H, W).
 
         Padding counts as input: it is what the windows hold, and a shift moves it like any other zero.
@@ -86,9 +86,5 @@ class WindowStatistics(LinearStatistics):
             images = pad_input(module, x.detach() if x.dim() == 4 else x.detach()[None])
             if images.numel() == 0:
                 return
-            self._extend_ranges(images.flatten(2).transpose(1, 2))
             windows = Windows(images, module.kernel_size, module.stride, module.dilation)
-            items, count = images.shape[0], windows.shape[0]
-            self._sample(windows, torch.arange(items).repeat_interleave(count // items))
-            self.rows_seen += count
-            self.calls += 1
+            self._take(images.flatten(2).transpose(1, 2), windows, position)
