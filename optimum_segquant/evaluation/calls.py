@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modelopt_ext.positions import at
+
 from .sampling import evaluation_mode
 
 
@@ -25,7 +27,7 @@ class DenoiserCall:
         timestep: the largest entry of the timestep argument, in the denoiser's own units; NaN for components that get
             none (text encoders).
         step: index of the denoising step within the trajectory, from 0.
-        batch: index of the pipeline call, from 0: calls with the same one are of the same prompts.
+        batch: index of the pipeline call, from 0, over all processes: calls with the same one are of the same prompts.
     """
 
     inputs: dict[str, Any]
@@ -59,7 +61,10 @@ class RecordedCalls(ABC):
             The recorded call and the first output of ``denoiser``, in its own dtype and on its own device.
         """
         for call in self:
-            yield call, run_call(denoiser, call)
+            # Calibration knows rows by the batch that they are of, whichever process has it.
+            with at(call.batch):
+                output = run_call(denoiser, call)
+            yield call, output
 
     def forward_loop(self, denoiser: nn.Module) -> None:
         """Run the denoiser over all recorded inputs: the ``forward_loop`` argument of ``mtq.quantize``.
