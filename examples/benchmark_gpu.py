@@ -1,173 +1,55 @@
-"""Speed of packed Linears on a GPU: single matrix products, and one denoising step of a FLUX.1-dev-size transformer.
+"""Speed and memory on a GPU: single kernels, and one denoising step of real-size models, beside the peers.
 
-    python examples/benchmark_gpu.py --json out/benchmark_gpu.json
-    python examples/benchmark_gpu.py --tiny --device cpu            # try the script
+    python examples/benchmark_gpu.py --json out/benchmark_gpu.json --plot out/benchmark_gpu.png
+    python examples/benchmark_gpu.py --models flux --ways bf16 int8 fp8 --compile whole
+    python examples/benchmark_gpu.py --tiny --device cpu --ways bf16 int8       # try the script
 
-Products are those of FLUX.1 at 1024 x 1024 (4096 image and 512 text tokens): medians of CUDA graphs over rotating
-inputs; ours are compared with the reference first. The model has random weights, which give true time and memory, not
-true quality. Calibration searches nothing here, which changes no shape: segments, polarity and scales are there.
+Models have random weights, which give true time and memory, not true quality. Ours are calibrated without a search,
+which changes no shape: segments, polarity and scales are there. The time of a step is the median of a few steps in a
+row, as a pipeline runs them; all ways of a model run in one process, one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
-import statistics
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import modelopt
 import modelopt.torch.quantization as mtq
 import torch
-from benchmark_calibration_flux import GIB, build, calls
-from torch import Tensor, nn
+from gpu_models import DENOISERS, Call
+from gpu_products import SHAPES, TINY_SHAPES, products, rounding
+from gpu_timing import STEPS_AT_ONCE, breakdown, milliseconds, release
+from torch import nn
 
 import modelopt_ext
-from modelopt_ext.kernels import scaled_mm
-from modelopt_ext.kernels.scaled_mm import reference
 from modelopt_ext.presets import PER_TOKEN, linear_only
 
-# (name, rows, channels, outputs)
-SHAPES = (
-    ("QKV, 4608 tokens", 4608, 3072, 3072),
-    ("ff.net.0", 4608, 3072, 12288),
-    ("ff.net.2", 4608, 12288, 3072),
-    ("AdaLN, batch 1", 1, 3072, 18432),
-)
+GIB = 2**30
 INT8, FP8 = {"num_bits": 8, "axis": 0}, {"num_bits": (4, 3), "axis": 0}
-NO_SEARCH: dict[str, Any] = {"alpha": None, "clip_grid": [1.0], "shift_granularity": "channel"}
+NO_SEARCH: dict[str, Any] = {"alpha": None, "clip_grid": [1.0], "progress": False}
+STATIC: dict[str, Any] = {"num_bits": 8, "axis": None}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "INT8 static": linear_only(INT8, {"num_bits": 8, "axis": None}, **NO_SEARCH),
-    "INT8 static, no polarity": linear_only(INT8, {"num_bits": 8, "axis": None}, polarity="none", **NO_SEARCH),
-    "INT8 per token": linear_only(INT8, {"num_bits": 8, **PER_TOKEN}, **NO_SEARCH),
-    "FP8 static": linear_only(FP8, {"num_bits": (4, 3), "axis": None}, **NO_SEARCH),
+    "int8": linear_only(INT8, STATIC, **NO_SEARCH),
+    "int8-no-polarity": linear_only(INT8, STATIC, polarity="none", **NO_SEARCH),
+    "int8-dual8": linear_only(INT8, STATIC, polarity="dual8", **NO_SEARCH),
+    "int8-per-token": linear_only(INT8, {"num_bits": 8, **PER_TOKEN}, **NO_SEARCH),
+    "fp8": linear_only(FP8, {"num_bits": (4, 3), "axis": None}, **NO_SEARCH),
+    "fp8-per-token": linear_only(FP8, {"num_bits": (4, 3), **PER_TOKEN}, **NO_SEARCH),
+    "w4a8": linear_only({"num_bits": 4, "axis": 0}, {"num_bits": 8, **PER_TOKEN}, **NO_SEARCH),
 }
+PEERS = ("torchao-int8", "torchao-fp8", "modelopt-fp8")
+WAYS = ("bf16", *CONFIGS, *PEERS)
 
 
-def milliseconds(work: Callable[[int], object], device: torch.device, repeats: int = 10) -> float:
-    """Median time of ``work(i)``; ``i`` lets it rotate its inputs."""
-    for index in range(4):
-        work(index)
-    times = []
-    for index in range(repeats):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            work(index)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            work(index)
-            times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times)
-
-
-def product_milliseconds(work: Callable[[int], object], device: torch.device) -> float:
-    """The same of one product, without the time that Python takes to launch it: by a CUDA graph of several."""
-    if device.type != "cuda":
-        return milliseconds(work, device)
-    for index in range(4):  # chooses tiles, which a graph can't hold
-        work(index)
-    torch.cuda.synchronize()
-    graph, turns = torch.cuda.CUDAGraph(), 8
-    with torch.cuda.graph(graph):
-        for index in range(turns):
-            work(index)
-    return milliseconds(lambda _: graph.replay(), device, repeats=20) / turns
-
-
-def ways(m: int, k: int, n: int, device: torch.device) -> dict[str, Callable[[int], Tensor]]:
-    """Ways to multiply (m, k) activations by an (n, k) weight; the argument rotates among four sets of inputs."""
-    copies, half = 4, torch.bfloat16
-
-    def eight(rows: int, columns: int) -> list[Tensor]:
-        return [torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device) for _ in range(copies)]
-
-    a, b = eight(m, k), eight(n, k)
-    x = [torch.randn(m, k, device=device, dtype=half) for _ in range(copies)]
-    w = [torch.randn(n, k, device=device, dtype=half) for _ in range(copies)]
-    xf, wf = ([value.to(torch.float8_e4m3fn) for value in values] for values in (x, w))
-    one, scalar = torch.ones(1, 1, device=device), torch.ones((), device=device)
-    rows, scale, bias = torch.rand(m, 1, device=device), torch.rand(n, device=device), x[0].new_ones(n)
-    sums = [codes.sum(dim=1, dtype=torch.int32) for codes in b]
-
-    def dual8(i: int) -> Tensor:
-        i, other = i % copies, (i + 1) % copies
-        return scaled_mm(a[i], b[i], one, scale, bias, -128, sums[i], a[other], one, -1, out_dtype=half)
-
-    def fp8(i: int, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None) -> Tensor:
-        i %= copies
-        return torch._scaled_mm(xf[i], wf[i].t(), scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=half)
-
-    return {
-        "bf16": lambda i: torch.nn.functional.linear(x[i % copies], w[i % copies], bias),
-        "torch._int_mm": lambda i: torch._int_mm(a[i % copies], b[i % copies].t()),
-        "int8 static": lambda i: scaled_mm(a[i % copies], b[i % copies], one, scale, bias, out_dtype=half),
-        "int8 per token": lambda i: scaled_mm(a[i % copies], b[i % copies], rows, scale, bias, out_dtype=half),
-        "int8 dual8": dual8,
-        "torch._scaled_mm": lambda i: fp8(i, scalar, scalar),
-        "torch._scaled_mm, row-wise": lambda i: fp8(i, rows, scale.reshape(1, -1), bias),
-        "fp8 static": lambda i: scaled_mm(xf[i % copies], wf[i % copies], one, scale, bias, out_dtype=half),
-    }
-
-
-def check(m: int, k: int, n: int, device: torch.device) -> None:
-    """Compare our products with the reference.
-
-    Raises:
-        AssertionError: they differ by more than the output's rounding.
-    """
-    a, a2 = (torch.randint(-128, 128, (m, k), dtype=torch.int8, device=device) for _ in range(2))
-    b = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device)
-    one, scale = torch.ones(1, 1, device=device), torch.rand(n, device=device)
-    sums = b.sum(dim=1, dtype=torch.int32)
-    for arguments in ((a, b, one, scale), (a, b, one, scale, scale, -128, sums, a2, one, -1)):
-        torch.testing.assert_close(scaled_mm(*arguments), reference(*arguments), rtol=1e-6, atol=1e-3)
-
-
-def products(device: torch.device, shapes: Sequence[tuple[str, int, int, int]]) -> dict[str, dict[str, float]]:
-    """Milliseconds of every product and way."""
-    results: dict[str, dict[str, float]] = {}
-    for name, m, k, n in shapes:
-        check(m, k, n, device)
-        row = results[name] = {}
-        for way, work in ways(m, k, n, device).items():
-            try:
-                row[way] = product_milliseconds(work, device)
-            except (RuntimeError, ValueError) as error:
-                print(f"{name}, {way}: not possible here ({str(error).splitlines()[0][:100]})")
-        # Few rows: what counts is how fast the weight is read.
-        rates = {
-            way: f"{n * k / ms / 1e9:.2f} TB/s" if m < 64 else f"{2 * m * k * n / ms / 1e9:.0f} TFLOP/s"
-            for way, ms in row.items()
-        }
-        print(f"{name}: " + ", ".join(f"{way} {ms * 1e3:.0f} us ({rates[way]})" for way, ms in row.items()), flush=True)
-    return results
-
-
-def model_step(model: nn.Module, call: dict[str, Any], device: torch.device, compiled: bool) -> dict[str, float]:
-    """Milliseconds of one step, seconds to compile, peak GiB."""
-    run: Callable[..., Any] = torch.compile(model, fullgraph=True) if compiled else model
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    with torch.no_grad():
-        run(**call)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        first = time.perf_counter() - start
-        step = milliseconds(lambda _: run(**call), device)
-    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
-    return {"step ms": step, "first call s": first, "peak GiB": peak}
-
-
-def loop_over(data: Sequence[dict[str, Any]]) -> Callable[[nn.Module], None]:
+def loop_over(data: Sequence[Call]) -> Callable[[nn.Module], None]:
     """A forward loop over recorded calls."""
 
     @torch.no_grad()
@@ -178,11 +60,130 @@ def loop_over(data: Sequence[dict[str, Any]]) -> Callable[[nn.Module], None]:
     return loop
 
 
-def release(device: torch.device) -> None:
-    """Give freed memory back, so that peaks are the next model's own."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def prepare(way: str, model: nn.Module, data: Sequence[Call]) -> nn.Module:
+    """Make a model what ``way`` says, in place.
+
+    Raises:
+        ImportError: torchao is missing.
+    """
+    if way in CONFIGS:
+        return modelopt_ext.compress(mtq.quantize(model, copy.deepcopy(CONFIGS[way]), loop_over(data)))
+    if way == "modelopt-fp8":
+        from modelopt.torch.quantization.backends import gemm_registry
+
+        config = {"quant_cfg": CONFIGS["fp8"]["quant_cfg"], "algorithm": "max"}
+        config["quant_cfg"] = copy.deepcopy(config["quant_cfg"])
+        config["quant_cfg"][1]["cfg"]["axis"] = None  # its fast product takes one scale a tensor
+        mtq.quantize(model, config, loop_over(data))
+        mtq.compress(model)
+        gemm_registry.enable_real_quant_gemm(model)
+    elif way.startswith("torchao"):
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            PerRow,
+            quantize_,
+        )
+
+        int8 = way == "torchao-int8"
+        quantize_(
+            model,
+            Int8DynamicActivationInt8WeightConfig()
+            if int8
+            else Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        )
+    return model
+
+
+def compiled(model: Any, how: str) -> Any:
+    """The model compiled ``"whole"``, or block by block (``"blocks"``): one compilation for all blocks of a kind."""
+    if how == "whole":
+        return torch.compile(model, fullgraph=True)
+    model.compile_repeated_blocks(fullgraph=True)
+    return model
+
+
+def model_step(run: Any, call: Call, device: torch.device) -> dict[str, float]:
+    """Milliseconds of a step, seconds of the first call, peak GiB."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    with torch.no_grad():
+        run(**call)
+        if cuda:
+            torch.cuda.synchronize()
+        first = time.perf_counter() - start
+        step = milliseconds(lambda _: run(**call), device, at_once=STEPS_AT_ONCE)
+        alone = milliseconds(lambda _: run(**call), device)
+    peak = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
+    return {"step ms": step, "waited for, ms": alone, "first call s": first, "peak GiB": peak}
+
+
+def measure_way(
+    kind: str, way: str, options: argparse.Namespace, device: torch.device, report: Callable[[str, Any], None]
+) -> None:
+    """Build, prepare and measure one model in one way: eager and compiled, at every batch size."""
+    denoiser = DENOISERS[kind]
+    model: Any = denoiser.build(device, options.tiny)
+    data = [denoiser.call(model, 1, options.tiny, seed) for seed in (0, 1)]
+    if options.fuse_qkv:
+        model.fuse_qkv_projections()
+    start = time.perf_counter()
+    model = prepare(way, model, data)
+    seconds = time.perf_counter() - start
+    release(device)
+    size = sum(value.nbytes for value in (*model.parameters(), *model.buffers())) / GIB
+    report(f"{kind}, {way}", {"prepared in s": seconds, "weights GiB": size})
+    eager = model
+    for how in ("eager", *options.compile):
+        if how == "eager" and options.skip_eager:
+            continue
+        torch._dynamo.reset()
+        run = eager if how == "eager" else compiled(model, how)
+        for batch in options.batches:
+            call = denoiser.call(model, batch, options.tiny, 2)
+            numbers: dict[str, Any] = dict(model_step(run, call, device))
+            if device.type == "cuda" and how != "eager" and batch == options.batches[0]:
+                with torch.no_grad():
+                    numbers["by kind, ms"], slowest = breakdown(lambda: run(**call))  # noqa: B023
+                numbers["slowest kernels"] = [f"{t:.2f} ms, {n} x {name[:90]}" for name, t, n in slowest]
+            report(f"{kind}, {way}, {how}, batch {batch}", numbers)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Steps of the compiled models as bars, one group a model and batch size.
+
+    Raises:
+        ValueError: no step was measured.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps: dict[str, dict[str, float]] = {}
+    for label, numbers in results.items():
+        parts = label.split(", ")
+        if len(parts) == 4 and parts[2] != "eager" and isinstance(numbers, dict) and "step ms" in numbers:
+            steps.setdefault(f"{DENOISERS[parts[0]].name}, {parts[3]}", {})[parts[1]] = numbers["step ms"]
+    if not steps:
+        raise ValueError("no compiled step was measured: leave out --skip-models, or name ways and models")
+    figure, axes = pyplot.subplots(1, len(steps), figsize=(1.2 + 3.2 * len(steps), 3.6), layout="constrained")
+    for axis, (title, bars) in zip([axes] if len(steps) == 1 else axes, steps.items(), strict=True):
+        colours = ["#9aa0a6" if way == "bf16" else "#f29900" if way in PEERS else "#1a73e8" for way in bars]
+        drawn = axis.barh(list(bars), list(bars.values()), color=colours)
+        base = bars.get("bf16")
+        axis.bar_label(drawn, [f"{ms:.0f}" + (f" ({base / ms:.2f}x)" if base else "") for ms in bars.values()])
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("ms a step")
+        axis.margins(x=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Compiled denoising step at 1024 x 1024, {results['device']}", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -190,50 +191,61 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="where to work")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--configs", nargs="*", default=["INT8 static", "FP8 static"], choices=sorted(CONFIGS))
-    parser.add_argument("--skip", nargs="*", default=[], choices=["products", "bf16", "eager", "compiled"])
+    parser.add_argument("--models", nargs="*", default=list(DENOISERS), choices=list(DENOISERS))
+    parser.add_argument("--ways", nargs="+", default=["bf16", "int8", "int8-no-polarity", "fp8", *PEERS], choices=WAYS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4], help="batch sizes")
     parser.add_argument(
-        "--blocks", nargs=2, type=int, default=[19, 38], help="double and single blocks; fewer compile faster"
+        "--compile", nargs="*", default=["blocks"], choices=["blocks", "whole"], help="what to compile at a time"
     )
+    parser.add_argument("--fuse-qkv", action="store_true", help="diffusers' fuse_qkv_projections() first, for all ways")
+    parser.add_argument("--skip-eager", action="store_true", help="compiled models only")
+    parser.add_argument("--skip-products", action="store_true", help="no single kernels")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--plot", type=Path, help="draw the steps into this file")
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print and return."""
     options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.WARNING)
     device = torch.device(options.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}; torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
-    results: dict[str, dict[str, float]] = {}
-    if "products" not in options.skip:
-        results.update(products(device, [("tiny", 32, 64, 48)] if options.tiny else SHAPES))
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "modelopt": modelopt.__version__}
+    print(f"{name}; " + ", ".join(f"{key} {value}" for key, value in versions.items()), flush=True)
+    results: dict[str, Any] = {"device": name, "versions": versions}
 
-    def measure(label: str, model: nn.Module, call: dict[str, Any]) -> None:
-        for way in ("eager", "compiled"):
-            if way not in options.skip:
-                results[f"{label}, {way}"] = step = model_step(model, call, device, way == "compiled")
-                print(f"{label}, {way}: " + ", ".join(f"{k} {v:.1f}" for k, v in step.items()), flush=True)
-            if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(results, indent=2) + "\n")
-        torch._dynamo.reset()
+    def report(label: str, numbers: Any) -> None:
+        results[label] = numbers
+        if isinstance(numbers, dict):
+            listed = numbers.pop("slowest kernels", [])
+            flat = {**{k: v for k, v in numbers.items() if not isinstance(v, dict)}, **numbers.get("by kind, ms", {})}
+            print(f"{label}: " + ", ".join(f"{key} {value:.2f}" for key, value in flat.items()), flush=True)
+            for line in listed:
+                print(f"    {line}", flush=True)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
 
-    for label in ["bf16", *options.configs]:
-        if label in options.skip:
-            continue
-        double, single = options.blocks
-        model = build(device, options.tiny, num_layers=double, num_single_layers=single)
-        data = calls(model, 2, side=8 if options.tiny else 64, text=16 if options.tiny else 512)
-        if label != "bf16":
-            start = time.perf_counter()
-            modelopt_ext.compress(mtq.quantize(model, copy.deepcopy(CONFIGS[label]), loop_over(data)))
-            size = sum(value.nbytes for value in model.state_dict().values()) / GIB
-            print(f"{label}: quantized and packed in {time.perf_counter() - start:.0f} s, {size:.2f} GiB", flush=True)
-        release(device)
-        measure(label, model, data[0])
-        del model
-        release(device)
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if not options.skip_products:
+        results["products"] = products(device, TINY_SHAPES if options.tiny else SHAPES, say)
+        results["rounding"] = rounding(device, options.tiny, say)
+    for kind in options.models:
+        for way in options.ways:
+            try:
+                measure_way(kind, way, options, device, report)
+            except (ImportError, RuntimeError, AssertionError, ValueError, TypeError) as error:
+                # A peer that does not run here is a result, too; ours has to.
+                if way not in PEERS:
+                    raise
+                report(f"{kind}, {way}, failed", f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+                print(f"{kind}, {way}: {results[f'{kind}, {way}, failed']}", flush=True)
+            release(device)
+    if options.plot:
+        plot(results, options.plot)
     return results
 
 
