@@ -105,7 +105,7 @@ def read_prompts(
         where, rows = _named(source, split)
     else:
         where, rows = _where(source), _rows_of(source)
-    prompts = tuple(itertools.islice(_texts(rows, column, where), limit))
+    prompts = tuple(itertools.islice(_texts(_one_column(rows, column, where), column, where), limit))
     if not prompts:
         raise ValueError(f"{where} has no prompts: write at least one")
     return prompts
@@ -119,9 +119,7 @@ def _named(source: str | os.PathLike[str], split: str) -> tuple[str, Iterable[An
         return str(path), _rows_of(_load_dataset(str(path), split, on_disk=True))
     if path.is_file():
         if read is None:
-            raise ValueError(
-                f"{path}: prompts files are {', '.join(FILE_KINDS)}, not {path.suffix or 'without ending'}"
-            )
+            raise ValueError(f"{path}: name prompts files by what they hold, {', '.join(FILE_KINDS)}")
         return str(path), _read_file(path, read)
     name = os.fspath(source)
     if read is not None or isinstance(source, os.PathLike) or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -141,6 +139,12 @@ def _rows_of(source: Any) -> Iterable[Any]:
     if not isinstance(source, Iterable):
         raise ValueError(f"prompts must be a list of strings, a file or a dataset, not a {type(source).__name__}")
     return source
+
+
+def _one_column(rows: Iterable[Any], column: str | None, where: str) -> Iterable[Any]:
+    """Of a dataset only the column that is needed: others may be images, which are decoded when a row is read."""
+    names, select = getattr(rows, "column_names", None), getattr(rows, "select_columns", None)
+    return select([_column(dict.fromkeys(names), column, where)]) if names and select is not None else rows
 
 
 def _load_dataset(name: str, split: str, *, on_disk: bool) -> Any:

@@ -17,6 +17,8 @@ __all__ = ["CalibrationBatch", "CalibrationSettings", "NormalSteps", "StepChoice
 _GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, modulo 1, fill [0, 1) evenly however many there are."""
 
+_LOWEST = {"num_inference_steps": 1, "batch_size": 1, "max_calls": 1, "seed": 0, "world_size": 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightedSteps:
@@ -150,7 +152,7 @@ class CalibrationSettings:
             object.__setattr__(self, "steps", tuple(int(step) for step in self.steps))
         object.__setattr__(self, "call_kwargs", dict(self.call_kwargs))
         object.__setattr__(self, "per_prompt_kwargs", {k: tuple(v) for k, v in self.per_prompt_kwargs.items()})
-        for name, lowest in (("num_inference_steps", 1), ("batch_size", 1), ("max_calls", 1), ("world_size", 1)):
+        for name, lowest in _LOWEST.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}")
