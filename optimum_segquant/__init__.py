@@ -16,34 +16,44 @@ if TYPE_CHECKING:
     from .checkpoints.native import export_native
     from .checkpoints.save import save_segquant
     from .checkpoints.tensors import dequantize
+    from .evaluation import Evaluation, evaluate
     from .exporters import export_onnx
     from .quantizer import QuantizationResult, SegQuantizer, quantize_pipeline
     from .quantizers.config import SegQuantConfig
+    from .report import draw_plan, write_report
 
 __all__ = [
     "CalibrationSettings",
+    "Evaluation",
     "QuantizationResult",
     "SegQuantConfig",
     "SegQuantizer",
     "dequantize",
+    "draw_plan",
+    "evaluate",
     "export_native",
     "export_onnx",
     "quantize_pipeline",
     "record_calibration",
     "save_segquant",
+    "write_report",
 ]
 
 _LAZY = {
     "CalibrationSettings": ".calibration",
+    "Evaluation": ".evaluation",
     "QuantizationResult": ".quantizer",
     "SegQuantizer": ".quantizer",
     "quantize_pipeline": ".quantizer",
     "record_calibration": ".calibration",
     "SegQuantConfig": ".quantizers.config",
     "dequantize": ".checkpoints.tensors",
+    "draw_plan": ".report",
+    "evaluate": ".evaluation",
     "export_native": ".checkpoints.native",
     "export_onnx": ".exporters",
     "save_segquant": ".checkpoints.save",
+    "write_report": ".report",
 }
 
 register()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from modelopt_ext import plan_of
 from modelopt_ext.sensitivity import SensitivityTable, measure, quantized_layers
 
+from ..layer_formats import layer_formats
 from ..versions import versions
 from .facts import PipelineFacts, denoiser_component, facts_of
 from .images import generate_images
@@ -259,6 +260,7 @@ def _evaluate(
         velocity=velocity,
         layers=layers,
         latents=latents,
+        formats=layer_formats(denoiser) if isinstance(denoiser, nn.Module) else {},
         plan=plan_of(denoiser) if isinstance(denoiser, nn.Module) else None,
         missing=parts.missing,
         versions=versions(),

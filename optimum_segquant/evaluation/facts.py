@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..quantization_report import model_bytes
 from .trajectories import DENOISER_NAMES, execution_device
 
 Form = Literal["full precision", "simulated", "packed", "ONNX Runtime"]
@@ -111,9 +112,7 @@ def _device(denoiser: Any) -> str:
 
 def _bytes(denoiser: Any) -> int | None:
     if isinstance(denoiser, nn.Module):
-        # Offloaded weights, on the meta device, have sizes, too.
-        tensors = {id(t): t for t in (*denoiser.parameters(), *denoiser.buffers())}
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return model_bytes(denoiser)
     path = getattr(denoiser, "path", None)
     if path is None:
         return None

@@ -13,6 +13,7 @@ from torch import Tensor
 from modelopt_ext import SegmentPlan
 from modelopt_ext.sensitivity import LayerSensitivity, SensitivityTable
 
+from ..layer_formats import LayerFormats
 from .facts import PipelineFacts
 from .latents import LatentError
 from .metrics import VelocitySQNR
@@ -31,6 +32,7 @@ class Evaluation:
         velocity: of the denoiser's output on recorded inputs, per timestep; None: see ``missing``.
         layers: every quantized layer's own output on inputs that full precision feeds it; None: see ``missing``.
         latents: accumulated error after each step; None: see ``missing``.
+        formats: of every quantized Linear, by module name; empty for ONNX Runtime.
         plan: the segments that the denoiser was quantized with, where it knows them.
         missing: the reason for each of ``velocity``, ``layers``, ``latents`` that is None.
         versions: of the packages.
@@ -46,6 +48,7 @@ class Evaluation:
     velocity: VelocitySQNR | None
     layers: SensitivityTable | None
     latents: tuple[LatentError, ...] | None
+    formats: Mapping[str, LayerFormats]
     plan: SegmentPlan | None
     missing: Mapping[str, str]
     versions: Mapping[str, str]
@@ -78,6 +81,7 @@ class Evaluation:
                     "latents",
                     self.latents and [{**dataclasses.asdict(step), "sqnr_db": step.sqnr} for step in self.latents],
                 ),
+                "formats": {name: dataclasses.asdict(formats) for name, formats in self.formats.items()},
                 "plan": self.plan and self.plan.to_dict(),
                 "versions": dict(self.versions),
             }
