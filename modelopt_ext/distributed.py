@@ -89,8 +89,8 @@ class Processes:
             return
         logger.info("segquant: waiting for all %d processes to call mtq.quantize", size)
         try:
-            # Made by all together or by none.
-            dist.destroy_process_group(dist.new_group(timeout=MEETING_TIMEOUT, backend="gloo"))
+            # Made by all together or by none. It stays until the end: others may still be connecting.
+            meeting = dist.new_group(timeout=MEETING_TIMEOUT, backend="gloo")
         except RuntimeError as error:
             raise RuntimeError(
                 f"a process group of {size} is initialized, but not all of its processes called mtq.quantize within "
@@ -103,6 +103,7 @@ class Processes:
         finally:
             # After an error, too: whoever still waits for this process is then told that it left.
             dist.destroy_process_group(group)
+            dist.destroy_process_group(meeting)
 
     @property
     def is_main(self) -> bool:

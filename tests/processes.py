@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ import torch.distributed as dist
 TIMEOUT = 120  # seconds: far more than anything here takes, also on a busy machine
 
 
-def in_processes(function: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
+def in_processes(
+    function: Callable[..., Any], *args: Any, size: int = 2, expected: Sequence[int] | None = None
+) -> list[Any]:
     """What ``function(*args)`` gives in each of some processes with a process group (gloo), by rank.
 
     Processes are forked: importing everything anew would take longer than most tests.
 
+    Args:
+        function: what to run.
+        args: its arguments.
+        size: how many processes.
+        expected: ranks whose value is returned; all by default.
+
     Returns:
-        Values, or, where the function raised, the exception as a string in a :class:`Failed`.
+        Values, or, where the function raised, a :class:`Failed`.
 
     Raises:
         AssertionError: a process hangs or was killed.
@@ -41,7 +50,8 @@ def in_processes(function: Callable[..., Any], *args: Any, size: int = 2) -> lis
                     other.kill()
                 raise AssertionError(f"process {rank} hangs")
         assert not any(worker.exitcode for worker in workers), [worker.exitcode for worker in workers]
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
+        ranks = range(size) if expected is None else expected
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in ranks]
 
 
 class Failed(str):
@@ -50,6 +60,7 @@ class Failed(str):
 
 def _work(rank: int, size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Distributed training is initialized")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     try:
         result = function(*args)

@@ -14,7 +14,6 @@ import torch
 from modelopt.torch.utils.distributed import is_dtensor_sharded, is_fsdp2_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 
 from ..config import SegQuantCalibConfig
 from ..distributed import Processes
@@ -59,7 +58,8 @@ class Agreement:
             if hasattr(module, "get_modelopt_state")
         }
         facts = {
-            "algorithm": fingerprint(config.model_dump(exclude={"progress", "device"})),
+            "algorithm": fingerprint(config.model_dump(exclude={"progress", "device", "layerwise"})),
+            "layerwise": (config.by_blocks, config.is_sequential, config.layerwise.checkpoint_dir is None),
             "quant_cfg": fingerprint(quantizers),
             "model": parameters_fingerprint(model),
             "plan": None if previous_plan is None else fingerprint(previous_plan.to_dict()),
@@ -91,11 +91,6 @@ class Agreement:
 
 
 def _check_whole(model: nn.Module) -> None:
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "the model is wrapped for training by DistributedDataParallel: pass the model itself, model.module or "
-            "accelerator.unwrap_model(model)"
-        )
     sharded = is_dtensor_sharded(model) or is_fsdp2_model(model)
     if sharded or any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
         raise ValueError(
