@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .formats import QuantFormat, step_size, to_codes
 from .mode import plan_of
 from .nn import InputBank, SegLayout, SegLinear, WeightBank, input_block, weight_block
+from .nn.alike import make_alike
 from .nn.layout import SPLIT_BY_SIGN
 from .nn.packed import FORMATS, CodeType, PackedLinear, PackedSpec
 from .nn.rotation import rotate
@@ -69,6 +70,7 @@ def compress(model: nn.Module, *, progress: bool = False) -> nn.Module:
                     setattr(parent, name, packed[id(child)])
     if isinstance(model, nn.Linear) and isinstance(model, QuantModule):
         return pack(model)
+    make_alike(model)
     _take_out_modelopt(model)
     if ModeloptStateManager.is_converted(model):
         ModeloptStateManager.remove_state(model)

@@ -108,7 +108,7 @@ def _group_by_group(
     operands = zip(*map(parts, (a, b, scale_a, scale_b, bias, sum_b, a2, scale_a2)), strict=True)
     return torch.cat(
         [
-            scaled_mm(x, w, sx, sw, c, zero, total, x2, sx2, sign, 1, segment, out_dtype)  # type: ignore[arg-type]
+            scaled_mm(x, w, sx, sw, c, zero, total, x2, sx2, sign, 1, segment, out_dtype)
             for x, w, sx, sw, c, total, x2, sx2 in operands
         ],
         dim=1,

@@ -1,8 +1,10 @@
 """Activations to codes in one pass over them: shift, smoothing, scale (static or per token), both signs, rounding.
 
-A program has one row of one segment for one output group. With static scales it takes a block of the row's channels;
-with scales per token it goes over the row twice, for the largest magnitude and for the codes, and the second time the
-row comes from the cache.
+A program has a few rows of one segment for one output group, so that what belongs to a channel is read and inverted
+once for all of them. With static scales it takes a block of channels; with scales per token it goes over the rows
+twice, for the largest magnitude and for the codes, and the second time they come from the cache.
+
+Multiplying by inverses instead of dividing moves a code only where it was a tie but for float32's last digit.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ from .cuda import launches_directly
 from .rounding import Quantized, offset_of
 
 POLARITIES = ("none", "dual", "dual8")
-LARGEST_BLOCK = 4096  # channels that a program holds at a time
+# (rows, most channels, warps) that a program holds at a time.
+STATIC_BLOCK = (16, 512, 4)
+PER_TOKEN_BLOCK = (4, 2048, 8)
 
 
 @triton.jit
-def _codes(z, scale, LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr, FP8: tl.constexpr):
-    """Codes of z: to the nearest, ties to even."""
-    q = tl.minimum(tl.maximum(tl.math.div_rn(z, scale), LOW), HIGH)
+def _codes(z, inverse, LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr, FP8: tl.constexpr):
+    """Codes of z times the inverse of the scale: to the nearest, ties to even."""
+    q = tl.minimum(tl.maximum(z * inverse, LOW), HIGH)
     if not FP8:
         # Adding 1.5 * 2^23 leaves no bits for a fraction.
         q = (q + 12582912.0) - 12582912.0 - OFFSET
@@ -64,60 +68,70 @@ def _quantize(
     HAS_SHIFT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    row, group = tl.program_id(0), tl.program_id(2)
+    group = tl.program_id(2)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = (row < M)[:, None]
     out_row = (group * M + row).to(tl.int64)
-    x_row = x_ptr + row.to(tl.int64) * stride_x + START
+    x_rows = x_ptr + row.to(tl.int64)[:, None] * stride_x + START
+    out_rows = out_row[:, None] * K + START
     first = tl.program_id(1) * BLOCK
-    scale = 1.0
-    scale2 = 1.0
+    inverse = 1.0
+    inverse2 = 1.0
     if PER_TOKEN:
-        largest = tl.zeros((BLOCK,), dtype=tl.float32)
-        largest2 = tl.zeros((BLOCK,), dtype=tl.float32)
+        largest = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        largest2 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         for block in range(BLOCKS):
             k = block * BLOCK + tl.arange(0, BLOCK)
             inside = k < SIZE
-            z = tl.load(x_row + k, mask=inside, other=0.0).to(tl.float32)
+            z = tl.load(x_rows + k[None, :], mask=is_row & inside[None, :], other=0.0).to(tl.float32)
             if HAS_SHIFT:
-                z = z - tl.load(shift_ptr + START + k, mask=inside, other=0.0)
+                z = z - tl.load(shift_ptr + START + k, mask=inside, other=0.0)[None, :]
             if HAS_SMOOTHING:
-                z = tl.math.div_rn(z, tl.load(smoothing_ptr + group * K + START + k, mask=inside, other=1.0))
+                factor = 1.0 / tl.load(smoothing_ptr + group * K + START + k, mask=inside, other=1.0)
+                z = z * factor[None, :]
             if POLARITY == 0:
                 largest = tl.maximum(largest, tl.abs(z))
             else:
                 largest = tl.maximum(largest, z)
                 largest2 = tl.maximum(largest2, -z)
-        scale = tl.math.div_rn(tl.maximum(tl.max(largest, axis=0), SMALLEST), LARGEST_CODE)
-        scale2 = tl.math.div_rn(tl.maximum(tl.max(largest2, axis=0), SMALLEST), LARGEST_CODE)
-        rows = tl.num_programs(2) * M
-        tl.store(scales_ptr + SEGMENT * rows + out_row, scale)
+        scale = tl.math.div_rn(tl.maximum(tl.max(largest, axis=1), SMALLEST), LARGEST_CODE)
+        scale2 = tl.math.div_rn(tl.maximum(tl.max(largest2, axis=1), SMALLEST), LARGEST_CODE)
+        found = SEGMENT * tl.num_programs(2) * M + out_row
+        tl.store(scales_ptr + found, scale, mask=row < M)
         if POLARITY != 0:
-            tl.store(scales2_ptr + SEGMENT * rows + out_row, scale2)
+            tl.store(scales2_ptr + found, scale2, mask=row < M)
+        inverse = (1.0 / scale)[:, None]
+        inverse2 = (1.0 / scale2)[:, None]
     else:
-        scale = tl.load(scale_ptr + group * SEGMENTS + SEGMENT)
+        inverse = 1.0 / tl.load(scale_ptr + group * SEGMENTS + SEGMENT)
         if POLARITY != 0:
-            scale2 = tl.load(scale2_ptr + group * SEGMENTS + SEGMENT)
+            inverse2 = 1.0 / tl.load(scale2_ptr + group * SEGMENTS + SEGMENT)
     for block in range(BLOCKS):
         k = first + block * BLOCK + tl.arange(0, BLOCK)
         inside = k < SIZE
-        z = tl.load(x_row + k, mask=inside, other=0.0).to(tl.float32)
+        both = is_row & inside[None, :]
+        z = tl.load(x_rows + k[None, :], mask=both, other=0.0).to(tl.float32)
         if HAS_SHIFT:
-            z = z - tl.load(shift_ptr + START + k, mask=inside, other=0.0)
+            z = z - tl.load(shift_ptr + START + k, mask=inside, other=0.0)[None, :]
         if HAS_SMOOTHING:
-            z = tl.math.div_rn(z, tl.load(smoothing_ptr + group * K + START + k, mask=inside, other=1.0))
-        places = out_row * K + START + k
+            # Once for all rows of the program.
+            factor = 1.0 / tl.load(smoothing_ptr + group * K + START + k, mask=inside, other=1.0)
+            z = z * factor[None, :]
+        places = out_rows + k[None, :]
         if POLARITY == 0:
-            q = _codes(z, scale, LOW, HIGH, OFFSET, FP8)
+            q = _codes(z, inverse, LOW, HIGH, OFFSET, FP8)
         else:
-            q = _codes(tl.maximum(z, 0.0), scale, LOW, HIGH, OFFSET, FP8)
+            q = _codes(tl.maximum(z, 0.0), inverse, LOW, HIGH, OFFSET, FP8)
             below = tl.minimum(z, 0.0)
             if POLARITY == 2:
                 below = -below
-            q2 = _codes(below, scale2, LOW, HIGH, OFFSET, FP8)
-            tl.store(codes2_ptr + places, q2.to(codes2_ptr.dtype.element_ty), mask=inside)
-        tl.store(codes_ptr + places, q.to(codes_ptr.dtype.element_ty), mask=inside)
+            q2 = _codes(below, inverse2, LOW, HIGH, OFFSET, FP8)
+            tl.store(codes2_ptr + places, q2.to(codes2_ptr.dtype.element_ty), mask=both)
+        tl.store(codes_ptr + places, q.to(codes_ptr.dtype.element_ty), mask=both)
 
 
 @torch.library.triton_op("segquant::quantize", mutates_args={})
@@ -168,7 +182,7 @@ def launch(
     low: float,
     high: float,
     offset: int,
-    block: int = LARGEST_BLOCK,
+    block: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run ``kernel`` on every segment; see :func:`quantize_rows`.
 
@@ -185,7 +199,7 @@ def launch(
         low: the smallest signed code.
         high: the largest.
         offset: what unsigned codes are held less of.
-        block: most channels at a time.
+        block: as :data:`STATIC_BLOCK`, which is the default, or :data:`PER_TOKEN_BLOCK`.
     """
     (rows, channels), groups = x.shape, 1 if smoothing is None else smoothing.shape[0]
     fp8, split, per_token = high == E4M3_MAX, any(polarity), scale is None
@@ -196,12 +210,14 @@ def launch(
     scales = torch.empty(found, dtype=torch.float32, device=x.device)
     scales2 = torch.empty(found if split else (0,), dtype=torch.float32, device=x.device)
     ends = list(accumulate(segments))
+    most_rows, most_channels, warps = block or (PER_TOKEN_BLOCK if per_token else STATIC_BLOCK)
+    together = min(most_rows, triton.next_power_of_2(rows))
     for segment, (size, sign) in enumerate(zip(segments, polarity, strict=True)):
-        width = min(triton.next_power_of_2(size), block)
+        width = min(triton.next_power_of_2(size), most_channels)
         blocks = triton.cdiv(size, width)
         unsigned = POLARITIES[sign] == "dual8"
         top = 2.0 * high + 1 if unsigned else high
-        kernel[(rows, 1 if per_token else blocks, groups)](
+        kernel[(triton.cdiv(rows, together), 1 if per_token else blocks, groups)](
             x,
             x if shift is None else shift,
             x if smoothing is None else smoothing,
@@ -228,9 +244,10 @@ def launch(
             HAS_SHIFT=shift is not None,
             HAS_SMOOTHING=smoothing is not None,
             PER_TOKEN=per_token,
+            ROWS=together,
             BLOCK=width,
             BLOCKS=blocks if per_token else 1,
-            num_warps=8 if width >= 2048 else 4,
+            num_warps=warps,
         )
     return codes, scales, codes2, scales2
 
@@ -265,8 +282,9 @@ def fused(
     split = any(signs)
 
     def by_segment(found: Tensor, static: Tensor | None) -> list[Tensor]:
-        source = found.unsqueeze(-1) if static is None else static.t().unsqueeze(-1)
-        return list(source)
+        if static is None:
+            return [found[segment].unsqueeze(-1) for segment in range(len(segments))]
+        return [static] if len(segments) == 1 else [static[:, t : t + 1] for t in range(len(segments))]
 
     return Quantized(
         codes,

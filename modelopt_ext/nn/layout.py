@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 from ..plan import slices
 
@@ -35,6 +35,8 @@ class SegLayout:
     weight_segments: tuple[int, ...]
     polarity: tuple[str, ...]
     rotation: tuple[int, ...] = ()
+    _in_slices: ClassVar[tuple[slice, ...]]
+    _out_slices: ClassVar[tuple[slice, ...]]
 
     def __post_init__(self) -> None:
         if not self.rotation:
@@ -55,6 +57,9 @@ class SegLayout:
             for size, block in zip(self.in_segments, self.rotation, strict=True)
         ):
             raise ValueError(f"rotation needs a power of two that divides each input segment, got {self.rotation}")
+        # Every forward reads these.
+        object.__setattr__(self, "_in_slices", slices(self.in_segments))
+        object.__setattr__(self, "_out_slices", slices(self.out_groups))
 
     @property
     def in_features(self) -> int:
@@ -69,12 +74,12 @@ class SegLayout:
     @property
     def in_slices(self) -> tuple[slice, ...]:
         """The channels of each input segment."""
-        return slices(self.in_segments)
+        return self._in_slices
 
     @property
     def out_slices(self) -> tuple[slice, ...]:
         """The rows of each output group."""
-        return slices(self.out_groups)
+        return self._out_slices
 
     @property
     def weight_slices(self) -> tuple[slice, ...]:

@@ -226,9 +226,9 @@ class PackedLinear(nn.Linear):
     def codes(self) -> Tensor:
         """The weight's codes, (N, K): int8 (also for int4) or float8_e4m3fn. A view, but for int4."""
         if self.spec.weights == "float8_e4m3fn":
-            return self.weight.detach().view(torch.float8_e4m3fn)
+            return self.weight.view(torch.float8_e4m3fn)
         if self.spec.weights == "int8":
-            return self.weight.detach()
+            return self.weight
         return unpack_int4(self.weight.detach(), self.in_features)
 
     def set_codes(self, codes: Tensor) -> None:
@@ -294,7 +294,11 @@ class PackedLinear(nn.Linear):
 
     def _product(self, x: Tensor, groups: slice, rows: slice, dtype: torch.dtype) -> Tensor:
         """What some output groups give, which are the outputs ``rows``: (M, rows) in ``dtype``."""
-        layout, weight = self.spec.layout, self.codes()
+        layout, weight, scales, sums = self.spec.layout, self.codes(), self.weight_scale, self.weight_sum
+        bias: Tensor | None = self.bias
+        if rows.stop - rows.start < self.out_features:
+            weight, scales = weight[rows], scales[rows]
+            bias, sums = None if bias is None else bias[rows], None if sums is None else sums[rows]
         activations = self._quantize(x, groups)
         last = len(layout.in_segments) - 1
         part_dtype = dtype if last == 0 else self._sum_dtype(x, dtype)
@@ -305,12 +309,12 @@ class PackedLinear(nn.Linear):
             offset = offset_of(self._format) if unsigned else 0
             product = scaled_mm(
                 activations.codes,
-                weight[rows],
+                weight,
                 activations.scales[segment],
-                self.weight_scale[rows, segment],
-                self.bias[rows] if segment == last and self.bias is not None else None,
+                scales[:, segment],
+                bias if segment == last else None,
                 zero=-offset,
-                sum_b=self.weight_sum[rows, segment] if offset and self.weight_sum is not None else None,
+                sum_b=sums[:, segment] if offset and sums is not None else None,
                 a2=activations.negative if split else None,
                 scale_a2=activations.negative_scales[segment] if split and activations.negative_scales else None,
                 sign=-1 if unsigned else 1,
