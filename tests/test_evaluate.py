@@ -17,6 +17,7 @@ from torch import Tensor
 
 import modelopt_ext
 from modelopt_ext.presets import linear_only
+from optimum_segquant import write_report
 from optimum_segquant.evaluation import (
     Evaluation,
     evaluate,
@@ -159,6 +160,14 @@ def test_json_has_everything_but_images(evaluation: Evaluation) -> None:
     lines = evaluation.summary().splitlines()
     assert f"velocity SQNR  {evaluation.velocity.overall:.2f} dB" in lines
     assert any(line.startswith("clip_score") and "(full precision" in line for line in lines)
+
+
+def test_a_report_of_it(evaluation: Evaluation, tmp_path: Path) -> None:
+    text = write_report(tmp_path / "report.html", evaluation, config=CONFIG).read_text()
+    assert f"{evaluation.velocity.overall:.1f}<span" in text
+    assert all(f">{row.name}</td>" in text for row in evaluation.layers.layers)
+    assert text.count("data:image/png") == 2 * len(PROMPTS)
+    assert "int8" in text
 
 
 def test_packed(reference: Any, quantized: Any, evaluation: Evaluation) -> None:

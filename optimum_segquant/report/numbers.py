@@ -51,7 +51,7 @@ def metric(name: str, value: float | None) -> str:
     """A metric of images, to the digits that mean something; more of them before a difference is rounded away.
 
     >>> metric("ssim", 0.99314), metric("ssim", 0.9999912), metric("fid", 3.2e-7)
-    ('0.9931', '0.999991', '3.2e-07')
+    ('0.9931', '0.99999', '3.2e-07')
     """
     if value is None or math.isnan(value):
         return MISSING

@@ -111,7 +111,8 @@ def write_report(
     report = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
     if report is not None and not isinstance(report, Mapping):
         raise ValueError(
-            f"quantization is a {type(quantization).__name__}: give the report of SegQuantizer.quantize, or its to_dict()"
+            f"quantization is a {type(quantization).__name__}: give the report that SegQuantizer.quantize returns, or "
+            "its to_dict()"
         )
     if max_images < 0 or image_size < 16:
         raise ValueError("max_images must not be negative, and image_size at least 16 pixels")
