@@ -22,7 +22,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import modelopt.torch.quantization as mtq
 import yaml
@@ -32,11 +32,14 @@ from modelopt.torch.quantization.mode import CalibrateModeRegistry, get_modelike
 from pydantic import ValidationError
 
 from modelopt_ext import SegQuantCalibConfig
+from modelopt_ext.export.native import NativeFormat, native_config
 
 __all__ = ["NamedConfig", "algorithm_of", "is_segquant", "preset_names", "resolve_config", "with_algorithm"]
 
 _FORM = "a config holds quant_cfg and algorithm, or a preset and changes to its algorithm"
 _FILE_KINDS = (".yaml", ".yml")
+_NATIVE = "NATIVE_"
+"""Names of the configs for native checkpoints begin with this: ``NATIVE_FP8_CFG``, also ``native_fp8``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +56,10 @@ class NamedConfig:
 
 
 def preset_names() -> tuple[str, ...]:
-    """What :func:`resolve_config` takes as a name: SegQuant's presets, then ModelOpt's."""
-    return tuple(sorted(mtq.config.choices, key=lambda name: (not name.startswith("SEGQUANT"), name)))
+    """What :func:`resolve_config` takes as a name: SegQuant's presets, those of native checkpoints, ModelOpt's."""
+    groups = ("SEGQUANT_", _NATIVE)
+    names = {*mtq.config.choices, *(f"{_NATIVE}{format.upper()}_CFG" for format in get_args(NativeFormat))}
+    return tuple(sorted(names, key=lambda name: (not name.startswith(groups[0]), not name.startswith(groups[1]), name)))
 
 
 def resolve_config(source: str | os.PathLike[str] | Mapping[str, Any] | NamedConfig) -> NamedConfig:
@@ -103,6 +108,10 @@ def _preset(name: str) -> NamedConfig:
         raise ValueError(
             f"there is no preset and no file {name!r}{_meant(wanted, names)}; SegQuant's presets are "
             f"{', '.join(n for n in names if n.startswith('SEGQUANT'))}"
+        )
+    if wanted.startswith(_NATIVE):
+        return NamedConfig(
+            wanted, native_config(cast(NativeFormat, wanted.removeprefix(_NATIVE).removesuffix("_CFG").lower()))
         )
     return NamedConfig(wanted, copy.deepcopy(dict(getattr(mtq, wanted))))
 

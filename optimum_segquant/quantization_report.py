@@ -161,6 +161,7 @@ class QuantizationReport:
         calibration: settings of the calibration data, plain types, with a hash in the place of the prompts; None if the
             caller gave calls or a loop.
         held_out: the same of the held-out data.
+        processes: how many calibrated together.
         seconds: wall time by stage: ``load``, ``sample``, ``sample held-out``, ``quantize``, ``evaluate``, ``export``.
         export: what was written: ``segquant``, ``native``, ``onnx``, ``tensorrt``; None for nothing.
         exported_bytes: of the directory, None likewise.
@@ -171,6 +172,7 @@ class QuantizationReport:
     components: tuple[ComponentReport, ...]
     calibration: Mapping[str, Any] | None
     held_out: Mapping[str, Any] | None
+    processes: int
     seconds: Mapping[str, float]
     export: str | None
     exported_bytes: int | None

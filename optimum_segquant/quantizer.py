@@ -7,7 +7,8 @@
 or, with a pipeline at hand, ``quantize_pipeline(pipe, "SEGQUANT_CFG", ["a red bicycle", ...])``.
 
 Everything that can be checked is checked before anything is sampled; with a ``cache_dir`` sampled data and solved
-layers are kept, so that a run that was killed goes on; and a directory is written as a whole or not at all.
+layers are kept, so that a run that was killed goes on; and a directory is written as a whole or not at all. Started by
+``torchrun`` or ``accelerate launch``, each process samples and calibrates on its share of the prompts.
 """
 
 from __future__ import annotations
@@ -18,30 +19,30 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import modelopt.torch.quantization as mtq
 from torch import nn
 
 import modelopt_ext
-from modelopt_ext import PackedLinear
 from modelopt_ext.calibrate.checkpoint import fingerprint
+from modelopt_ext.distributed import Processes
 from modelopt_ext.sensitivity import quantized_layers
 
-from .calibration import CalibrationData, CalibrationSettings, held_out_prompts, read_prompts, record_calibration
+from .calibration import CalibrationData, CalibrationSettings, record_calibration
+from .calibration.distributed import join_processes
 from .calibration.identity import plain, settings_record
-from .checkpoints.native import export_native
-from .checkpoints.save import save_segquant
-from .components import choose_components, modules_of
+from .calibration.recording import open_cache
+from .calibration.sources import Runnable, calibration_source, forward_loop_of, held_out_settings
+from .components import choose_components
 from .configs import NamedConfig, is_segquant, resolve_config, with_algorithm
-from .evaluation import RecordedCalls, VelocitySQNR, velocity_sqnr
-from .exporters import export_onnx, supported_pipelines
-from .files import check_replaceable, staged_directory
+from .evaluation import RecordedCalls, velocity_sqnr
+from .exports import ExportFormat, check_config, check_export, write_export
+from .files import staged_directory
 from .pretrained import load_pretrained
-from .progress import written_bytes
 from .quantization_report import (
     REPORT_NAME,
     ComponentReport,
@@ -62,17 +63,13 @@ __all__ = ["ExportFormat", "QuantizationResult", "SegQuantizer", "quantize_pipel
 
 logger = logging.getLogger(__name__)
 
-ExportFormat = Literal["segquant", "native", "onnx", "tensorrt"]
-"""What a directory is written for: PyTorch (packed), inference engines (stock keys), ONNX Runtime, TensorRT."""
+ConfigSource = str | os.PathLike[str] | Mapping[str, Any] | NamedConfig
 
 _MODEL = "model"
 """Name of a model that is quantized without a pipeline."""
 
-_SOLVED = "solved_layers"
-"""Folder in ``cache_dir``."""
-
-ConfigSource = str | os.PathLike[str] | Mapping[str, Any] | NamedConfig
-ForwardLoop = Callable[[nn.Module], object]
+_CALIBRATION, _HELD_OUT, _SOLVED = "calibration", "held_out", "solved_layers"
+"""Folders in ``cache_dir``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +80,7 @@ class QuantizationResult:
         pipeline: the pipeline (or model) that was given, quantized in place: packed if a ``segquant`` directory was
             written, else with simulated quantization.
         report: what was done.
-        directory: what was written, None if nothing was.
+        directory: what was written, None if nothing was. Of several processes the first one writes, and packs.
     """
 
     pipeline: Any
@@ -118,7 +115,7 @@ class SegQuantizer(OptimumQuantizer):
             raise TypeError(f"expected a diffusers pipeline or a torch.nn.Module, got a {type(model).__name__}")
         self.report: QuantizationReport | None = None
         self._seconds: dict[str, float] = {}
-        self._calls: Mapping[str, Any] | None = None
+        self._data: Mapping[str, Runnable] | None = None
 
     @classmethod
     def from_pretrained(
@@ -165,14 +162,14 @@ class SegQuantizer(OptimumQuantizer):
             config: name of a preset, a YAML file or a ModelOpt config, see :mod:`.configs`; or one for each component,
                 ``{"transformer": "SEGQUANT_W4A8_CFG", "text_encoder": "SEGQUANT_INT8_DYNAMIC_CFG"}``.
             calibration: what to calibrate on: :class:`CalibrationSettings`; prompts in any form that ``read_prompts``
-                takes (a list, a file, a dataset); recorded calls, for several components by name; a ``forward_loop``
-                for a single component; or None for the package's prompts. A model without a pipeline takes recorded
-                calls or a loop only, and None where its config needs no data.
-            export: what ``save_dir`` is for.
+                takes (a list, a file, a dataset); recorded calls or a ``forward_loop`` for a single component, or one
+                for each by name; None for the package's prompts. A model without a pipeline takes recorded calls or a
+                loop only, and None where its config needs no data.
+            export: what ``save_dir`` is for, see :data:`ExportFormat`.
             cache_dir: where sampled data and solved layers are kept, for a run that is killed or repeated.
             overwrite: sample again if ``cache_dir`` holds data of something else, instead of refusing it.
-            held_out: prompts, :class:`CalibrationSettings` or a number of the package's own prompts, to measure the
-                SQNR of the components' outputs on; their seeds follow those of the calibration.
+            held_out: prompts, :class:`CalibrationSettings` or a number of the package's own held-out prompts, to
+                measure the SQNR of the components' outputs on; their seeds follow those of the calibration.
             progress: show bars.
 
         Raises:
@@ -184,55 +181,55 @@ class SegQuantizer(OptimumQuantizer):
             OSError: the disk is full; what is in ``save_dir`` and ``cache_dir`` is kept.
         """
         configs = self._configs(config)
-        self._check(save_dir, export)
-        source = self._calibration_source(calibration)
-        held_out_settings = self._held_out_settings(held_out, source)
+        self._check(configs, save_dir, export)
+        has_pipeline = not isinstance(self.model, nn.Module)
+        source = calibration_source(calibration, tuple(self.components), has_pipeline=has_pipeline)
+        unseen = held_out_settings(
+            held_out, source if isinstance(source, CalibrationSettings) else None, has_pipeline=has_pipeline
+        )
         folder = None if cache_dir is None else Path(cache_dir).expanduser()
-        seconds = self._seconds
-
-        def record(settings: CalibrationSettings, name: str) -> CalibrationData:
-            return record_calibration(
-                self.model,
-                settings,
-                components=tuple(self.components),
-                cache_dir=None if folder is None else folder / name,
-                overwrite=overwrite,
-                progress=progress,
-            )
-
-        data = source
-        if isinstance(source, CalibrationSettings):
-            with _timed(seconds, "sample"):
-                data = record(source, "calibration")
-        unseen = None
-        if held_out_settings is not None:
-            with _timed(seconds, "sample held-out"):
-                unseen = record(held_out_settings, "held_out")
+        _, world_size = join_processes()
+        # Other algorithms than SegQuant's do not merge what processes saw: then each calibrates on all of the data.
+        together = all(is_segquant(named.config) for named in configs.values())
+        with Processes.meeting() as processes:
+            progress = progress and processes.is_main
+            with _timed(self._seconds, "sample"):
+                self._data = self._sample(source, folder, overwrite, progress, processes, together)
+            held = None
+            if unseen is not None:
+                with _timed(self._seconds, "sample held-out"), processes.together():
+                    if processes.is_main:
+                        held = self._record(unseen, folder, _HELD_OUT, overwrite, progress)
+            counts = {name: _counts(data, processes if together else Processes()) for name, data in self._items()}
         parts = []
-        with _timed(seconds, "quantize"):
-            for name, part in self.components.items():
-                loop = data[name] if data is not None else None
-                parts.append(_quantize(name, part, configs[name], loop, folder, progress))
-        if unseen is not None:
-            with _timed(seconds, "evaluate"):
-                measured = {name: velocity_sqnr(part, unseen[name]) for name, part in self.components.items()}
-                parts = [_with_sqnr(part, measured[part.name]) for part in parts]
-        self._calls = data
+        with _timed(self._seconds, "quantize"):
+            for name, model in self.components.items():
+                changes: dict[str, Any] = {"progress": progress, "distributed_sync": together}
+                if folder is not None:
+                    changes["layerwise"] = {"enable": True, "checkpoint_dir": str(_solved(folder, name, configs[name]))}
+                data = None if self._data is None else self._data[name]
+                parts.append(_quantize(name, model, configs[name], changes, data, counts.get(name)))
+        if held is not None:
+            with _timed(self._seconds, "evaluate"):
+                parts = [_measured(part, self.components[part.name], held[part.name]) for part in parts]
         self.report = QuantizationReport(
             pipeline=type(self.model).__name__,
             components=tuple(parts),
-            calibration=settings_record(data.settings) if isinstance(data, CalibrationData) else None,
-            held_out=None if unseen is None else settings_record(unseen.settings),
-            seconds=dict(seconds),
+            calibration=settings_record(self._data.settings) if isinstance(self._data, CalibrationData) else None,
+            held_out=None if unseen is None else settings_record(unseen),
+            processes=world_size,
+            seconds=dict(self._seconds),
             export=None,
             exported_bytes=None,
             versions=versions(),
         )
         directory = None
         if save_dir is not None and export is not None:
-            directory = self.export(save_dir, export, progress=progress)
-            if folder is not None:
-                shutil.rmtree(folder / _SOLVED, ignore_errors=True)
+            with Processes.meeting() as processes, processes.together():
+                if processes.is_main:
+                    directory = self.export(save_dir, export, progress=progress)
+                    if folder is not None:
+                        shutil.rmtree(folder / _SOLVED, ignore_errors=True)
         return QuantizationResult(self.model, self.report, directory)
 
     def export(
@@ -255,10 +252,10 @@ class SegQuantizer(OptimumQuantizer):
         """
         if self.report is None:
             raise ValueError("nothing is quantized yet: call quantize first")
-        self._check_target(save_dir, export)
+        check_export(self.model, self.components, save_dir, export)
         start = time.perf_counter()
         with staged_directory(save_dir) as staged:
-            self._write(staged, export, progress)
+            write_export(self.model, self.components, self._data, staged, export, progress=progress)
             report = dataclasses.replace(
                 self.report,
                 export=export,
@@ -268,41 +265,6 @@ class SegQuantizer(OptimumQuantizer):
             (staged / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
         self.report = report
         return Path(save_dir)
-
-    def _write(self, staged: Path, export: ExportFormat, progress: bool) -> None:
-        if export in ("onnx", "tensorrt"):
-            self._write_onnx(staged, "tensorrt" if export == "tensorrt" else "onnxruntime", progress)
-            return
-        if export == "segquant":
-            for part in self.components.values():
-                if not any(isinstance(module, PackedLinear) for module in part.modules()):
-                    modelopt_ext.compress(part, progress=progress)
-        with written_bytes(staged, self._expected_bytes(), progress=progress):
-            if export == "native":
-                export_native(self.model, staged)
-            else:
-                save_segquant(self.model, staged)
-
-    def _expected_bytes(self) -> int:
-        """Of all models, quantized ones as they are packed."""
-        parts = self.components if isinstance(self.model, nn.Module) else modules_of(self.model)
-        return sum(packed_bytes(part) or model_bytes(part) for part in parts.values())
-
-    def _write_onnx(self, staged: Path, target: str, progress: bool) -> None:
-        if not isinstance(self.model, nn.Module) and type(self.model).__name__ in supported_pipelines():
-            export_onnx(self.model, staged, target=target)
-            return
-        for name, part in self.components.items():
-            calls = None if self._calls is None else self._calls[name]
-            if not isinstance(calls, RecordedCalls):
-                raise ValueError(
-                    f"exporting {name} by itself needs a recorded call: calibrate on prompts or recorded calls, or use "
-                    "export_onnx(model, directory, inputs=...)"
-                )
-            inputs = next(iter(calls)).inputs
-            export_onnx(
-                part, staged if isinstance(self.model, nn.Module) else staged / name, target=target, inputs=inputs
-            )
 
     # -- checks before any work ---------------------------------------------------------------------------------------
 
@@ -320,9 +282,14 @@ class SegQuantizer(OptimumQuantizer):
             raise ValueError(f"config has no entry for {', '.join(missing)}: give one for every component")
         return {name: resolve_config(config[name]) for name in self.components}
 
-    def _check(self, save_dir: str | os.PathLike[str] | None, export: ExportFormat | None) -> None:
-        for name, part in self.components.items():
-            if quantized_layers(part):
+    def _check(
+        self,
+        configs: Mapping[str, NamedConfig],
+        save_dir: str | os.PathLike[str] | None,
+        export: ExportFormat | None,
+    ) -> None:
+        for name, model in self.components.items():
+            if quantized_layers(model):
                 raise ValueError(
                     f"{name} is quantized already: load the original model again (export(...) writes the quantized one)"
                 )
@@ -332,87 +299,87 @@ class SegQuantizer(OptimumQuantizer):
             return
         if export is None:
             raise ValueError("save_dir is given but export is None: say what the directory is for, or leave it out")
-        self._check_target(save_dir, export)
+        check_export(self.model, self.components, save_dir, export)
+        for name in self.components:
+            check_config(name, configs[name], export)
 
-    def _check_target(self, save_dir: str | os.PathLike[str], export: str) -> None:
-        if export not in get_args(ExportFormat):
-            raise ValueError(f"export must be one of {', '.join(get_args(ExportFormat))}, got {export!r}")
-        if export in ("segquant", "native") and not hasattr(self.model, "save_pretrained"):
-            raise ValueError(
-                f"a {type(self.model).__name__} has no save_pretrained, so no {export!r} directory can be written: "
-                "export to 'onnx' or 'tensorrt', or leave save_dir out and save the state_dict"
-            )
-        if export in ("onnx", "tensorrt"):
-            supported_pipelines()  # raises if optimum-onnx or onnxruntime is missing
-        target = Path(save_dir).expanduser().resolve()
-        check_replaceable(target)
+    # -- sampling -----------------------------------------------------------------------------------------------------
 
-    def _calibration_source(self, calibration: Any) -> Any:
-        """Settings to sample with; or what is run for each component, a loop or recorded calls; None for no data."""
-        if _is_runnable(calibration):
-            if len(self.components) > 1:
-                raise ValueError(
-                    f"give calls or loops for each of {', '.join(self.components)}, by name, or prompts for all"
-                )
-            return {next(iter(self.components)): calibration}
-        if isinstance(calibration, Mapping) and calibration and all(map(_is_runnable, calibration.values())):
-            if missing := [name for name in self.components if name not in calibration]:
-                raise ValueError(f"there is no calibration data for {', '.join(missing)}: record it, or give prompts")
-            return calibration
-        if isinstance(self.model, nn.Module):
-            if calibration is None:
-                return None
-            raise ValueError(
-                f"prompts need a pipeline to run, this is a {type(self.model).__name__}: give the pipeline that it is "
-                "of, or recorded calls or a forward_loop"
-            )
-        return _settings(calibration)
+    def _sample(
+        self,
+        source: CalibrationSettings | Mapping[str, Runnable] | None,
+        folder: Path | None,
+        overwrite: bool,
+        progress: bool,
+        processes: Processes,
+        together: bool,
+    ) -> Mapping[str, Runnable] | None:
+        """What to run for each component; sampled if it has to be, by each process its share."""
+        if not isinstance(source, CalibrationSettings):
+            return source
+        if together and source.world_size == 1:
+            source = source.share(processes.rank, processes.size)
+        if folder is not None and processes.size > 1:
+            with processes.together():  # one of them makes the folder, or replaces what is there
+                if processes.is_main:
+                    open_cache(self.model, source, folder / _CALIBRATION, overwrite=overwrite)
+            overwrite = False
+        with processes.together():
+            return self._record(source, folder, _CALIBRATION, overwrite, progress)
 
-    def _held_out_settings(self, held_out: Any, source: Any) -> CalibrationSettings | None:
-        if held_out is None:
-            return None
-        if isinstance(self.model, nn.Module):
-            raise ValueError("held_out prompts need a pipeline to run: give the pipeline, or measure velocity_sqnr")
-        if isinstance(held_out, CalibrationSettings):
-            return held_out
-        prompts = held_out_prompts(held_out) if isinstance(held_out, int) else read_prompts(held_out)
-        like = source if isinstance(source, CalibrationSettings) else CalibrationSettings()
-        if like.per_prompt_kwargs:
-            raise ValueError(
-                f"{', '.join(like.per_prompt_kwargs)} has one value a prompt: give held_out as CalibrationSettings, "
-                "with values of its own"
-            )
-        return dataclasses.replace(like, prompts=prompts, seed=like.seed + len(like.prompts))
+    def _record(
+        self, settings: CalibrationSettings, folder: Path | None, name: str, overwrite: bool, progress: bool
+    ) -> CalibrationData:
+        return record_calibration(
+            self.model,
+            settings,
+            components=tuple(self.components),
+            cache_dir=None if folder is None else folder / name,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+    def _items(self) -> list[tuple[str, Runnable]]:
+        return [] if self._data is None else [(name, self._data[name]) for name in self.components]
 
 
-def _settings(prompts: Any) -> CalibrationSettings:
-    if isinstance(prompts, CalibrationSettings):
-        return prompts
-    return CalibrationSettings() if prompts is None else CalibrationSettings.read(prompts)
+def _counts(data: Runnable, processes: Processes) -> tuple[int, int] | None:
+    """Calls and distinct timesteps of all processes; None for a loop."""
+    if not isinstance(data, RecordedCalls):
+        return None
+    shares = processes.gather((len(data), data.timesteps))
+    return sum(calls for calls, _ in shares), len({timestep for _, found in shares for timestep in found})
 
 
-def _is_runnable(source: Any) -> bool:
-    return isinstance(source, RecordedCalls) or (callable(source) and not isinstance(source, type))
+def _solved(folder: Path, name: str, named: NamedConfig) -> Path:
+    """Where the layers of a component are kept that a config has been solved for."""
+    return folder / _SOLVED / f"{name}-{fingerprint(plain(named.config))[:12]}"
 
 
 def _quantize(
     name: str,
     model: nn.Module,
     named: NamedConfig,
-    data: RecordedCalls | ForwardLoop | None,
-    folder: Path | None,
-    progress: bool,
+    changes: Mapping[str, Any],
+    data: Runnable | None,
+    counts: tuple[int, int] | None,
 ) -> ComponentReport:
-    """Quantize one model in place."""
+    """Quantize one model in place.
+
+    Args:
+        name: of the component.
+        model: its model.
+        named: its config.
+        changes: to the algorithm, where that is SegQuant's; what the config itself says goes first.
+        data: what to calibrate on.
+        counts: its calls and timesteps.
+    """
     config = named.config
     if is_segquant(config):
-        config = with_algorithm(config, progress=progress)
-        if folder is not None and not config["algorithm"].get("layerwise"):
-            solved = folder / _SOLVED / f"{name}-{fingerprint(plain(named.config))[:12]}"
-            config = with_algorithm(config, layerwise={"enable": True, "checkpoint_dir": str(solved)})
+        config = with_algorithm(config, **{**changes, **config["algorithm"]})
     before, parameters = model_bytes(model), sum(parameter.numel() for parameter in model.parameters())
     start = time.perf_counter()
-    mtq.quantize(model, copy.deepcopy(config), data.forward_loop if isinstance(data, RecordedCalls) else data)
+    mtq.quantize(model, copy.deepcopy(config), forward_loop_of(data))
     seconds = time.perf_counter() - start
     plan = modelopt_ext.plan_of(model)
     return ComponentReport(
@@ -426,14 +393,15 @@ def _quantize(
         layers=LayerCounts.of(model),
         plan_summary=None if plan is None else plan.summary(),
         plan=None if plan is None else plan.to_dict(),
-        calls=len(data) if isinstance(data, RecordedCalls) else None,
-        timesteps=len(data.timesteps) if isinstance(data, RecordedCalls) else None,
+        calls=None if counts is None else counts[0],
+        timesteps=None if counts is None else counts[1],
         seconds=seconds,
     )
 
 
-def _with_sqnr(part: ComponentReport, measured: VelocitySQNR) -> ComponentReport:
-    return dataclasses.replace(part, sqnr=measured.overall, sqnr_by_timestep=dict(measured.per_timestep))
+def _measured(part: ComponentReport, model: nn.Module, held_out: RecordedCalls) -> ComponentReport:
+    found = velocity_sqnr(model, held_out)
+    return dataclasses.replace(part, sqnr=found.overall, sqnr_by_timestep=dict(found.per_timestep))
 
 
 @contextmanager
@@ -441,7 +409,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
-    logger.info("%s took %.1f s", stage, seconds[stage])
+    logger.info("%s: %.1f s", stage, seconds[stage])
 
 
 def quantize_pipeline(

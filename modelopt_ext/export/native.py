@@ -33,6 +33,7 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 
 from ..compress import pack
+from ..config import SegQuantCalibConfig
 from ..mode import plan_of
 from ..nn.packed import PackedLinear
 from ..presets import PER_TOKEN, linear_only
@@ -47,6 +48,7 @@ __all__ = [
     "native_tensors",
     "problems_of",
     "quantization_config",
+    "unrepresentable_settings",
 ]
 
 NativeFormat = Literal["fp8", "fp8_per_token", "int8_per_token"]
@@ -137,6 +139,11 @@ def native_config(format: NativeFormat, *, every_linear: bool = False, **algorit
     if not every_linear:
         config["quant_cfg"] += [{"quantizer_name": pattern, "enable": False} for pattern in _MODULATION]
     return config
+
+
+def unrepresentable_settings(config: SegQuantCalibConfig) -> dict[str, Any]:
+    """The settings of a config, by name, that stock keys can't hold; none if it is one of :func:`native_config`."""
+    return {name: getattr(config, name) for name, value in _PLAIN.items() if getattr(config, name) != value}
 
 
 def native_layers(model: nn.Module) -> tuple[NativeFormat, dict[str, PackedLinear]]:

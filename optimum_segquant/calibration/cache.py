@@ -23,10 +23,8 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from modelopt_ext.positions import at
-
 from ..evaluation import DenoiserCall, RecordedCalls
-from ..evaluation.calls import distinct_timesteps, run_call
+from ..evaluation.calls import distinct_timesteps
 from ..files import DamagedFilesError, full_disk_named, replaced_file, sha256_of
 from .identity import differences
 from .shards import read_shard, write_shard
@@ -125,9 +123,8 @@ class CachedCalls(RecordedCalls):
             denoiser: the model that is being calibrated.
         """
         label = f"Calibrating {self.component}"
-        for call in tqdm(self, total=len(self), desc=label, unit="call", disable=not self.progress):
-            with at(call.batch):  # so that several processes, each with its share of batches, sample rows as one does
-                run_call(denoiser, call)
+        for _ in tqdm(self.replay(denoiser), total=len(self), desc=label, unit="call", disable=not self.progress):
+            pass
 
 
 class CalibrationCache:

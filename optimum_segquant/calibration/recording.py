@@ -22,7 +22,7 @@ from .cache import CachedCalls, CalibrationCache
 from .identity import identity
 from .settings import CalibrationBatch, CalibrationSettings
 
-__all__ = ["CalibrationData", "record_calibration"]
+__all__ = ["CalibrationData", "open_cache", "record_calibration"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +94,13 @@ def record_calibration(
         FloatingPointError: a model returned NaN or infinity.
         OSError: the disk is full; finished batches are kept.
     """
-    settings = resolved(settings or CalibrationSettings(), pipeline)
+    settings = _resolved(settings or CalibrationSettings(), pipeline)
     chosen = choose_components(pipeline, components)
     temporary = None
     if cache_dir is None:
         temporary = tempfile.TemporaryDirectory(prefix="segquant-calibration-")
         cache_dir = temporary.name
-    cache = CalibrationCache(cache_dir, identity(pipeline, settings), overwrite=overwrite)
+    cache = open_cache(pipeline, settings, cache_dir, overwrite=overwrite)
     wanted = [batch for batch in settings.batches if settings.quota(batch.number) != 0]
     missing = [batch for batch in wanted if not cache.is_complete(batch.number, chosen)]
     logger.info("calibration data: %d of %d batches are to be sampled", len(missing), len(wanted))
@@ -126,7 +126,18 @@ def record_calibration(
     return CalibrationData(settings, calls, len(missing), len(wanted) - len(missing))
 
 
-def resolved(settings: CalibrationSettings, pipeline: Any) -> CalibrationSettings:
+def open_cache(
+    pipeline: Any, settings: CalibrationSettings, folder: str | os.PathLike[str], *, overwrite: bool = False
+) -> CalibrationCache:
+    """The folder for data of a pipeline and settings, made or checked; of several processes one has to do it first.
+
+    Raises:
+        CalibrationMismatchError, FileExistsError, DamagedFilesError, OSError: see :class:`CalibrationCache`.
+    """
+    return CalibrationCache(folder, identity(pipeline, _resolved(settings, pipeline)), overwrite=overwrite)
+
+
+def _resolved(settings: CalibrationSettings, pipeline: Any) -> CalibrationSettings:
     """The settings with the pipeline's own number of steps where they have none, checked against it.
 
     Raises:
@@ -146,6 +157,11 @@ def resolved(settings: CalibrationSettings, pipeline: Any) -> CalibrationSetting
             "per_prompt_kwargs"
         )
     settings.kept_steps(0, total)
+    if settings.world_size > settings.num_batches:
+        raise ValueError(
+            f"{settings.num_batches} batches of prompts can't be shared out to {settings.world_size} processes: give "
+            "more prompts, a smaller batch_size, or start fewer processes"
+        )
     return dataclasses.replace(settings, num_inference_steps=total)
 
 
