@@ -34,3 +34,13 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of every distribution that is installed, by normalized name."""
+    found = {
+        name.lower().replace("_", "-"): distribution.version
+        for distribution in importlib.metadata.distributions()
+        if (name := distribution.metadata["Name"])
+    }
+    return {"python": platform.python_version(), **dict(sorted(found.items()))}

@@ -19,6 +19,7 @@ def trtexec_command(
     *,
     engine: str | os.PathLike[str] | None = None,
     extra: Sequence[str] = (),
+    relative_to: str | os.PathLike[str] | None = None,
 ) -> str:
     """Compose the command line that builds an engine from an ONNX file with dynamic axes.
 
@@ -31,6 +32,8 @@ def trtexec_command(
             ``"<input>:<axis>"``, e.g. ``"timestep:0"``.
         engine: file to write; the ONNX file's name with ``.plan`` by default.
         extra: further arguments, e.g. ``("--skipInference",)``.
+        relative_to: directory that the command is run in: its paths are relative to that one. By default they are as
+            given.
 
     Returns:
         A shell command. The types are those of the file (``--stronglyTyped``), so flags such as ``--int8`` or
@@ -58,13 +61,35 @@ def trtexec_command(
     if unknown := sorted(set(ranges) - named):
         raise ValueError(f"{path} has no axes {', '.join(unknown)}; its dynamic axes are {', '.join(sorted(named))}")
     target = Path(engine) if engine is not None else Path(path).with_suffix(".plan")
-    command = ["trtexec", f"--onnx={os.fspath(path)}", f"--saveEngine={os.fspath(target)}", "--stronglyTyped"]
-    dynamic = {name: axes for name, axes in inputs.items() if any(isinstance(axis, str) for axis in axes)}
-    if dynamic:
-        for position, flag in enumerate(("--minShapes", "--optShapes", "--maxShapes")):
-            shapes = ",".join(f"{name}:{_shape(axes, ranges, position)}" for name, axes in dynamic.items())
-            command.append(f"{flag}={shapes}")
+    source, saved = (
+        os.fspath(file) if relative_to is None else os.path.relpath(file, relative_to) for file in (path, target)
+    )
+    command = ["trtexec", f"--onnx={source}", f"--saveEngine={saved}", "--stronglyTyped"]
+    for flag, shapes in zip(
+        ("--minShapes", "--optShapes", "--maxShapes"), profile_shapes(inputs, ranges), strict=False
+    ):
+        command.append(f"{flag}={shapes}")
     return shlex.join([*command, *extra])
+
+
+def profile_shapes(
+    inputs: Mapping[str, tuple[int | str, ...]], ranges: Mapping[str, tuple[int, int, int]]
+) -> tuple[str, ...]:
+    """Smallest, usual and largest shapes of all dynamic inputs, as TensorRT's tools write them: ``"x:1x4,y:1x8"``.
+
+    Args:
+        inputs: sizes and names of axes by input.
+        ranges: smallest, usual and largest size by axis.
+
+    Returns:
+        Three texts, none if every size is fixed.
+    """
+    dynamic = {name: axes for name, axes in inputs.items() if any(isinstance(axis, str) for axis in axes)}
+    if not dynamic:
+        return ()
+    return tuple(
+        ",".join(f"{name}:{_shape(axes, ranges, position)}" for name, axes in dynamic.items()) for position in range(3)
+    )
 
 
 def _axes(graph: GraphIndex, name: str) -> Iterator[int | str]:

@@ -33,6 +33,7 @@ from modelopt_ext.export.tensorrt import assert_tensorrt
 from modelopt_ext.nn.packed import PackedSpec
 
 from ..files import staged_directory, write_manifest
+from ..provenance import export_record, write_export_record
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ def export_onnx(
             from .verify import verify_module
 
             verify_module(path, model, inputs, chosen)
+        write_export_record(directory, export_record(model, {"model": model}, target=target))
         write_manifest(directory)
     return Path(save_directory)
 
@@ -158,6 +160,8 @@ def _export_pipeline(
                 from .verify import verify_pipeline
 
                 verify_pipeline(directory, pipeline, specs, target)
+        record = export_record(pipeline, {name: getattr(pipeline, name) for name in specs}, target=target.name)
+        write_export_record(directory, {**record, "opset": version})
         write_manifest(directory)
     logger.info("%s with %d quantized layers written to %s, opset %d", name, len(layers), save_directory, version)
     return save_directory

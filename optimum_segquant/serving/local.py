@@ -1,0 +1,123 @@
+"""Run a model repository's ONNX files in this process, as Triton's ONNX Runtime back end would.
+
+Requests are checked against ``config.pbtxt`` with the server's rules and reshaped as it says; sessions get the options
+that the back end would set. What runs here runs there, but for the device: this is ONNX Runtime on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from .model_config import CONFIG_FILE, read_config
+from .served import RequestError, ServedModel
+
+__all__ = ["LocalModels"]
+
+_ERRORS_ONLY = 3  # ONNX Runtime's log level
+_LEVELS = {
+    0: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    -1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    2: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+"""By ``optimization.graph.level``, as the back end reads it."""
+
+
+class LocalModels:
+    """Models of a repository. Its :meth:`infer` is an :data:`~optimum_segquant.serving.served.Infer`.
+
+    Args:
+        repository: directory of the model repository.
+        threads: to compute with; by default as the configuration says.
+    """
+
+    def __init__(self, repository: str | os.PathLike[str], threads: int | None = None) -> None:
+        self.repository = Path(repository)
+        self.threads = threads
+        self._models: dict[str, tuple[ServedModel, onnxruntime.InferenceSession]] = {}
+
+    def infer(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run one request.
+
+        Raises:
+            RequestError: the request is not what the configuration says, or ONNX Runtime fails on it.
+            ConfigError: the model has no valid configuration.
+        """
+        model, session = self._load(name)
+        model.check_request(inputs)
+        arrays = {}
+        for tensor, declared in zip(model.inputs, (value for value in _ordered(session, model)), strict=True):
+            array = inputs[tensor.name]
+            if tensor.reshape is not None:
+                array = array.reshape((array.shape[0], *tensor.reshape) if model.max_batch_size else tensor.reshape)
+            arrays[tensor.name] = array.reshape(()) if not declared.shape else array
+        try:
+            results = session.run([tensor.name for tensor in model.outputs], arrays)
+        except Exception as error:
+            raise RequestError(f"{name}: ONNX Runtime fails on this request: {str(error).splitlines()[0]}") from error
+        return {
+            tensor.name: self._given(model, tensor, np.asarray(array))
+            for tensor, array in zip(model.outputs, results, strict=True)
+        }
+
+    @staticmethod
+    def _given(model: ServedModel, tensor: Any, array: np.ndarray) -> np.ndarray:
+        if tensor.reshape is None and array.ndim:
+            return array
+        return array.reshape((array.shape[0], *tensor.dims) if model.max_batch_size else tensor.dims)
+
+    def model(self, name: str) -> ServedModel:
+        """What the configuration says of a model."""
+        return self._load(name)[0]
+
+    def _load(self, name: str) -> tuple[ServedModel, onnxruntime.InferenceSession]:
+        if name not in self._models:
+            config = read_config(self.repository / name / CONFIG_FILE)
+            self._models[name] = ServedModel.from_config(config), self._session(name, config)
+        return self._models[name]
+
+    def _session(self, name: str, config: Any) -> onnxruntime.InferenceSession:
+        path = latest_version(self.repository / name) / "model.onnx"
+        if not path.is_file():
+            raise RequestError(f"{path} is missing: without it {name} runs in its own back end only")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        # Graphs made for TensorRT run as written: ONNX Runtime moves float8 codes into operators that do not take them.
+        level = 2 if config.backend == "tensorrt" else config.optimization.graph.level
+        options.graph_optimization_level = _LEVELS[level]
+        threads = (
+            self.threads or int(config.parameters["intra_op_thread_count"].string_value or 0)
+            if ("intra_op_thread_count" in config.parameters)
+            else self.threads
+        )
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise RequestError(f"{name}: ONNX Runtime does not load {path}: {str(error).splitlines()[0]}") from error
+
+
+def _ordered(session: onnxruntime.InferenceSession, model: ServedModel) -> list[Any]:
+    declared = {value.name: value for value in session.get_inputs()}
+    if missing := [tensor.name for tensor in model.inputs if tensor.name not in declared]:
+        raise RequestError(f"{model.name}: the file has no input {', '.join(missing)}, which its configuration names")
+    return [declared[tensor.name] for tensor in model.inputs]
+
+
+def latest_version(directory: Path) -> Path:
+    """The highest-numbered version of a model, which Triton serves by default.
+
+    Raises:
+        RequestError: there is none.
+    """
+    versions = [entry for entry in directory.glob("*") if entry.is_dir() and entry.name.isdigit() and int(entry.name)]
+    if not versions:
+        raise RequestError(f"{directory} has no version, a directory with a number as its name")
+    return max(versions, key=lambda entry: int(entry.name))
