@@ -192,6 +192,7 @@ def test_onnx_runtime_has_images_and_latents(reference: Any, quantized: Any, tmp
     found = evaluate(reference, onnx, PROMPTS, seeds=7, metrics=["psnr"], **CALL)
     assert found.quantized.form == "ONNX Runtime"
     assert found.quantized.bytes == (path / "transformer" / "model.onnx").stat().st_size
+    assert found.quantized.device == "cpu, CPUExecutionProvider"
     assert found.metrics["psnr"].value > 30
     assert len(found.latents) == 4
     assert found.velocity is None
@@ -199,6 +200,14 @@ def test_onnx_runtime_has_images_and_latents(reference: Any, quantized: Any, tmp
     assert set(found.missing) == {"velocity", "layers"}
     assert "runs in ONNX Runtime" in found.to_dict()["velocity"]["missing"]
     assert "velocity       missing: the denoiser runs in ONNX Runtime" in found.summary()
+
+
+def test_progress_counts_steps(reference: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sample_reference(reference, PROMPTS, recorded_prompts=1, **CALL)
+    assert "Sampling StableDiffusion3Pipeline: 100%" in (shown := capsys.readouterr().err)
+    assert "8/8" in shown  # two calls of four steps
+    sample_reference(reference, PROMPTS[:1], recorded_prompts=1, progress=False, **CALL)
+    assert capsys.readouterr().err == ""
 
 
 def test_in_place_with_samples_of_before(reference: Any, quantized: Any, evaluation: Evaluation) -> None:

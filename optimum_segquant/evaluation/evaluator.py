@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from modelopt_ext import plan_of
 from modelopt_ext.sensitivity import SensitivityTable, measure, quantized_layers
@@ -45,13 +46,29 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Samples:
-    """What a pipeline made of some prompts, and how to have another pipeline do the same.
+class SamplingTask:
+    """What both pipelines have to do.
 
     Attributes:
         prompts, seeds: one image each.
         batch_size: prompts per pipeline call.
         call: the other arguments of the pipeline calls.
+        recorded: of how many of the first prompts latents are kept.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    batch_size: int
+    call: Mapping[str, Any]
+    recorded: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What a pipeline made of a task.
+
+    Attributes:
+        task: prompts, seeds and arguments.
         images: (P, 3, H, W) float32 in [0, 1], on the CPU.
         latents: of the first prompts after every step; empty: see ``missing``.
         trajectories: recorded calls of the denoiser; None: not recorded, or see ``missing``.
@@ -59,15 +76,32 @@ class Samples:
         missing: reasons, by ``"latents"`` and ``"trajectories"``.
     """
 
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    batch_size: int
-    call: Mapping[str, Any]
+    task: SamplingTask
     images: Tensor = dataclasses.field(repr=False)
     latents: tuple[LatentStep, ...] = dataclasses.field(repr=False)
     trajectories: Trajectories | None = dataclasses.field(repr=False)
     facts: PipelineFacts
     missing: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measurement:
+    """How samples are compared; see :func:`evaluate` for its fields."""
+
+    metrics: Sequence[str]
+    networks: Mapping[str, Network | MetricResult]
+    device: str
+    layer_calls: int
+    progress: bool
+
+    @classmethod
+    def prepared(
+        cls, metrics: Sequence[str], weights: Weights, device: str, layer_calls: int, progress: bool
+    ) -> _Measurement:
+        """Check the arguments and load the networks."""
+        names = check_metrics(metrics)
+        _check_counts(layer_calls=layer_calls)
+        return cls(names, load_networks(names, weights, device), device, layer_calls, progress)
 
 
 def evaluate(
@@ -84,6 +118,7 @@ def evaluate(
     recorded_prompts: int = RECORDED_PROMPTS,
     recorded_steps: int = RECORDED_STEPS,
     layer_calls: int = LAYER_CALLS,
+    progress: bool = True,
     **call_kwargs: Any,
 ) -> Evaluation:
     """Measure a quantized pipeline against its full-precision original, on prompts that calibration has not seen.
@@ -106,6 +141,7 @@ def evaluate(
         recorded_prompts: how many prompts' denoiser calls and latents are recorded, rounded up to whole batches.
         recorded_steps: how many denoising steps, spread evenly, have their calls recorded.
         layer_calls: on how many of the recorded calls layers are compared one by one.
+        progress: show bars that count denoising steps.
         call_kwargs: passed on to both pipelines, for example ``guidance_scale`` or ``height``.
 
     Raises:
@@ -119,10 +155,9 @@ def evaluate(
             "both pipelines have the same denoiser: give the full-precision pipeline a copy of its own, or call "
             "sample_reference before quantizing in place and evaluate_samples after it"
         )
-    metrics = check_metrics(metrics)
-    _check_counts(layer_calls=layer_calls, recorded_prompts=recorded_prompts, recorded_steps=recorded_steps)
+    _check_counts(recorded_prompts=recorded_prompts, recorded_steps=recorded_steps)
     resolve_seeds(prompts, seeds)  # before the networks are loaded
-    networks = load_networks(metrics, weights, device)
+    measurement = _Measurement.prepared(metrics, weights, device, layer_calls, progress)
     samples = sample_reference(
         reference,
         prompts,
@@ -131,9 +166,10 @@ def evaluate(
         batch_size=batch_size,
         recorded_prompts=recorded_prompts,
         recorded_steps=recorded_steps,
+        progress=progress,
         **call_kwargs,
     )
-    return _evaluate(samples, quantized, denoiser, metrics, networks, device, layer_calls)
+    return _evaluate(samples, quantized, denoiser, measurement)
 
 
 def sample_reference(
@@ -145,14 +181,15 @@ def sample_reference(
     batch_size: int = 4,
     recorded_prompts: int = RECORDED_PROMPTS,
     recorded_steps: int = RECORDED_STEPS,
+    progress: bool = True,
     **call_kwargs: Any,
 ) -> Samples:
     """Sample images from the full-precision pipeline and record latents and denoiser calls of the first prompts.
 
     Args:
         pipeline: the full-precision pipeline.
-        prompts, seeds, num_inference_steps, batch_size, recorded_prompts, recorded_steps, call_kwargs: see
-            :func:`evaluate`.
+        prompts, seeds, num_inference_steps, batch_size: see :func:`evaluate`.
+        recorded_prompts, recorded_steps, progress, call_kwargs: likewise.
 
     Raises:
         ValueError, FloatingPointError: see :func:`evaluate`.
@@ -162,7 +199,7 @@ def sample_reference(
     call = {"num_inference_steps": num_inference_steps, **call_kwargs}
     # Whole batches: arguments such as negative_prompt may be lists of that length.
     recorded = min(len(prompts), -(-recorded_prompts // batch_size) * batch_size)
-    samples = _sample(pipeline, tuple(prompts), seed_list, batch_size, call, recorded)
+    samples = _sample(pipeline, SamplingTask(tuple(prompts), seed_list, batch_size, call, recorded), progress)
     trajectories, missing = None, dict(samples.missing)
     if samples.facts.form == "ONNX Runtime":
         missing["trajectories"] = "the calls of a denoiser in ONNX Runtime can't be recorded"
@@ -187,6 +224,7 @@ def evaluate_samples(
     weights: Weights = None,
     device: str = "cpu",
     layer_calls: int = LAYER_CALLS,
+    progress: bool = True,
 ) -> Evaluation:
     """Measure a quantized pipeline against samples of its original: same prompts, seeds and arguments.
 
@@ -195,15 +233,13 @@ def evaluate_samples(
         quantized: the quantized pipeline; it may be the one that was sampled, quantized in place.
         full_precision: a full-precision denoiser on the same device, for the errors of single layers; without it they
             are missing.
-        metrics, weights, device, layer_calls: see :func:`evaluate`.
+        metrics, weights, device, layer_calls, progress: see :func:`evaluate`.
 
     Raises:
         ValueError, FileNotFoundError, FloatingPointError: see :func:`evaluate`.
     """
-    metrics = check_metrics(metrics)
-    _check_counts(layer_calls=layer_calls)
-    networks = load_networks(metrics, weights, device)
-    return _evaluate(reference, quantized, full_precision, metrics, networks, device, layer_calls)
+    measurement = _Measurement.prepared(metrics, weights, device, layer_calls, progress)
+    return _evaluate(reference, quantized, full_precision, measurement)
 
 
 def _check_counts(**counts: int) -> None:
@@ -212,51 +248,42 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
 
-def _sample(
-    pipeline: Any,
-    prompts: tuple[str, ...],
-    seeds: tuple[int, ...],
-    batch_size: int,
-    call: Mapping[str, Any],
-    recorded: int,
-) -> Samples:
-    if "callback_on_step_end" in call:
+def _sample(pipeline: Any, task: SamplingTask, progress: bool) -> Samples:
+    if "callback_on_step_end" in task.call:
         raise ValueError("callback_on_step_end is set here: it records the latents")
-    recorder, reason = StepRecorder(recorded), StepRecorder.why_not(pipeline)
-    callback = {} if reason else {"callback_on_step_end": recorder}
-    start = time.perf_counter()
-    images = generate_images(pipeline, prompts, seeds=seeds, batch_size=batch_size, **call, **callback)
-    seconds = (time.perf_counter() - start) / len(prompts)
-    facts = facts_of(pipeline, seconds, recorder.seconds_per_step, min(batch_size, len(prompts)))
-    logger.info("sampled %d images with %s (%s): %.2f s each", len(prompts), facts.pipeline, facts.form, seconds)
-    missing = {"latents": reason} if reason else {}
-    return Samples(prompts, seeds, batch_size, dict(call), images, recorder.steps(), None, facts, missing)
+    reason = StepRecorder.why_not(pipeline)
+    count, name = len(task.prompts), type(pipeline).__name__
+    steps = task.call["num_inference_steps"] * -(-count // task.batch_size)
+    with tqdm(total=steps, desc=f"Sampling {name}", unit="step", disable=not progress or bool(reason)) as bar:
+        recorder = StepRecorder(task.recorded, bar)
+        callback = {} if reason else {"callback_on_step_end": recorder}
+        start = time.perf_counter()
+        images = generate_images(
+            pipeline, task.prompts, seeds=task.seeds, batch_size=task.batch_size, **task.call, **callback
+        )
+        seconds = (time.perf_counter() - start) / count
+    facts = facts_of(pipeline, seconds, recorder.seconds_per_step, min(task.batch_size, count))
+    logger.info("sampled %d images with %s (%s): %.2f s each", count, name, facts.form, seconds)
+    return Samples(task, images, recorder.steps(), None, facts, {"latents": reason} if reason else {})
 
 
-def _evaluate(
-    reference: Samples,
-    quantized: Any,
-    full_precision: Any,
-    metrics: Sequence[str],
-    networks: Mapping[str, Network | MetricResult],
-    device: str,
-    layer_calls: int,
-) -> Evaluation:
+def _evaluate(reference: Samples, quantized: Any, full_precision: Any, measurement: _Measurement) -> Evaluation:
     denoiser = denoiser_component(quantized)
-    recorded = len(reference.latents[0].latents) if reference.latents else 0
-    samples = _sample(quantized, reference.prompts, reference.seeds, reference.batch_size, reference.call, recorded)
+    task, calls = reference.task, reference.trajectories
+    samples = _sample(quantized, task, measurement.progress)
     parts = _Parts({**samples.missing, **reference.missing}, samples.facts)
-    calls = reference.trajectories
     latents = parts.measured("latents", lambda: latent_errors(reference.latents, samples.latents))
     velocity = parts.measured("velocity", lambda: velocity_sqnr(denoiser, _present(calls)))
-    layers = parts.measured("layers", lambda: _layer_errors(full_precision, denoiser, _present(calls), layer_calls))
+    layers = parts.measured(
+        "layers", lambda: _layer_errors(full_precision, denoiser, _present(calls), measurement.layer_calls)
+    )
     return Evaluation(
-        prompts=reference.prompts,
-        seeds=reference.seeds,
-        call=_plain({"batch_size": reference.batch_size, **reference.call}),
+        prompts=task.prompts,
+        seeds=task.seeds,
+        call=_plain({"batch_size": task.batch_size, **task.call}),
         reference=reference.facts,
         quantized=samples.facts,
-        metrics=_metrics(samples.images, reference.images, reference.prompts, metrics, networks, device),
+        metrics=_metrics(samples.images, reference.images, task.prompts, measurement),
         velocity=velocity,
         layers=layers,
         latents=latents,
@@ -319,18 +346,20 @@ def _layer_errors(full_precision: Any, quantized: nn.Module, calls: Trajectories
 
 
 def _metrics(
-    images: Tensor,
-    reference: Tensor,
-    prompts: Sequence[str],
-    metrics: Sequence[str],
-    networks: Mapping[str, Network | MetricResult],
-    device: str,
+    images: Tensor, reference: Tensor, prompts: Sequence[str], measurement: _Measurement
 ) -> dict[str, MetricResult]:
     if images.shape != reference.shape:
         sizes = " and ".join(f"{t.shape[-1]} x {t.shape[-2]}" for t in (reference, images))
         reason = f"the pipelines give images of {sizes} pixels: pass height and width"
-        return {name: MetricResult(skipped=reason) for name in metrics}
-    return perceptual_metrics(images, reference, prompts, metrics=metrics, networks=networks, device=device)
+        return {name: MetricResult(skipped=reason) for name in measurement.metrics}
+    return perceptual_metrics(
+        images,
+        reference,
+        prompts,
+        metrics=measurement.metrics,
+        networks=measurement.networks,
+        device=measurement.device,
+    )
 
 
 def _plain(value: Any) -> Any:

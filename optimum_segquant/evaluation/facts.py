@@ -16,6 +16,13 @@ Form = Literal["full precision", "simulated", "packed", "ONNX Runtime"]
 """Simulated quantization rounds, but computes and stores in full precision: its bytes and seconds say nothing."""
 
 
+_PROVIDERS = {
+    "CPUExecutionProvider": "cpu",
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "cuda",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class PipelineFacts:
     """A pipeline as it was measured.
@@ -24,7 +31,7 @@ class PipelineFacts:
         pipeline, denoiser: class names.
         form: what the denoiser holds.
         dtype: of the denoiser's first floating-point parameter, e.g. "bfloat16"; empty for ONNX Runtime.
-        device: where it computes, with the processor's name.
+        device: where it computes, ``"cuda"`` or ``"cpu"``, a comma, and the processor or ONNX Runtime's provider.
         bytes: of the denoiser's weights: in memory, or of the ONNX file; None where unknown.
         seconds_per_image: wall time of sampling over the number of images, text encoders and decoder included.
         seconds_per_step: median of a denoising step of a whole batch; None where it could not be timed.
@@ -102,7 +109,7 @@ def _device(denoiser: Any) -> str:
     if not isinstance(denoiser, nn.Module):
         session = getattr(denoiser, "session", None)
         providers = session.get_providers() if session is not None else []
-        return str(providers[0]) if providers else ""
+        return f"{_PROVIDERS.get(providers[0], 'other')}, {providers[0]}" if providers else ""
     device = execution_device(denoiser)
     if device.type == "cuda":
         return f"{device.type}, {torch.cuda.get_device_name(device)}"

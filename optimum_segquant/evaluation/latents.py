@@ -15,10 +15,11 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 _WARM_UP = 1  # steps of every pipeline call that are not timed: the first one waits for the text encoders
 
@@ -65,13 +66,15 @@ class StepRecorder:
 
     Args:
         prompts: how many prompts' latents are kept.
+        bar: a progress bar that counts steps.
 
     Attributes:
         seconds: of each step but the first of every call, as the pipeline ran it (a whole batch of prompts).
     """
 
-    def __init__(self, prompts: int) -> None:
+    def __init__(self, prompts: int, bar: tqdm[NoReturn] | None = None) -> None:
         self.seconds: list[float] = []
+        self._bar = bar
         self._wanted = prompts
         self._kept = 0  # prompts whose trajectory is complete or under way
         self._room = 0  # of the current call
@@ -99,7 +102,9 @@ class StepRecorder:
         if self._room > 0:
             _, kept = self._steps.setdefault(step, (float(timestep), []))
             kept.extend(latents[: self._room].detach().to("cpu", copy=True).unbind())
-        self._before = time.perf_counter()  # copying is not the pipeline's
+        if self._bar is not None:
+            self._bar.update()
+        self._before = time.perf_counter()  # copying and drawing are not the pipeline's
         return tensors
 
     @property

@@ -39,9 +39,12 @@ def quantization_view(report: Mapping[str, Any]) -> QuantizationView:
     tables: list[tuple[str, Sequence[tuple[str, str]]]] = [("Run", whole)]
     titles = {"calibration": "Calibration data", "held_out": "Held-out data", "seconds": "Seconds by stage"}
     for key, value in report.items():
-        if key not in known:
-            title = titles.get(key, key)
-            tables.append((title, _facts(value) if isinstance(value, Mapping) and value else [(key, _text(value))]))
+        if key in known:
+            continue
+        if isinstance(value, Mapping) and value:
+            tables.append((titles.get(key, key), _facts(value)))
+        else:
+            whole.append((key.replace("_", " "), _text(value)))
     return QuantizationView([_component(part) for part in report.get("components", ())], tables)
 
 

@@ -133,6 +133,6 @@ def cost_table(evaluation: Evaluation, packed_bytes: int | None) -> Table:
             "Quantization is simulated here: values are rounded, but stored and multiplied in full precision. Size and "
             "speed are those of the packed or exported model, not these."
         )
-    if both[0].device != both[1].device:
+    if len({facts.device.partition(",")[0] for facts in both}) > 1:
         notes.append("The pipelines ran on different devices: their times do not compare.")
     return Table(("full precision", "quantized"), rows, notes)
