@@ -1,0 +1,105 @@
+"""What several commands do with a model: options to load it, to call it, to prompt it."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from .options import Option
+
+__all__ = ["CALL", "DTYPES", "LOADING", "PROMPTS", "finite", "load", "load_any", "preset"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+LOADING = (
+    Option("dtype", "type of the weights of the loaded pipeline; by default as saved", choices=DTYPES),
+    Option("device", "where it runs, e.g. cuda or cpu; by default cuda where there is one", metavar="DEVICE"),
+    Option("load", "further arguments for from_pretrained, e.g. revision=main", kind="mapping"),
+)
+CALL = (
+    Option("steps", "denoising steps of a trajectory; by default the pipeline's own", kind="integer"),
+    Option("batch_size", "prompts in one call of the pipeline", kind="integer", default=4),
+    Option("seed", "of the first prompt, the others have the following ones", kind="integer", default=0),
+    Option("call", "arguments of the pipeline as in use, e.g. guidance_scale=4.5 height=1024", kind="mapping"),
+)
+PROMPTS = (
+    Option("prompts", "file with prompts (.txt, .json, .jsonl, .csv) or a dataset; by default the package's own"),
+    Option("num_prompts", "how many of them", kind="integer"),
+)
+
+
+def preset(value: Any) -> Any:
+    """A preset's name, a YAML file, or one of either for each component."""
+    if isinstance(value, dict):
+        return {str(name): str(item) for name, item in value.items()}
+    if "=" in value:
+        return dict(item.split("=", 1) for item in value.split(","))
+    return value
+
+
+def load(source: str, values: Namespace) -> Any:
+    """Load a diffusers pipeline or model, quantized or not, and put it where it runs."""
+    import torch
+
+    import optimum_segquant  # noqa: F401  teaches diffusers to load packed checkpoints
+    from optimum_segquant.pretrained import load_pretrained
+
+    arguments = dict(values.load or {})
+    if values.dtype is not None:
+        arguments["torch_dtype"] = getattr(torch, values.dtype)
+    model = load_pretrained(source, **arguments)
+    if "device_map" not in arguments:
+        model.to(device_of(values))
+    if hasattr(model, "set_progress_bar_config"):
+        model.set_progress_bar_config(disable=True)
+    return model
+
+
+def load_any(source: str, values: Namespace) -> Any:
+    """A pipeline in any form: of diffusers, exported to ONNX, or in a model repository."""
+    path = Path(source).expanduser()
+    if (path / "deployment.json").is_file():
+        from optimum_segquant.serving import served_pipeline
+
+        return served_pipeline(path)
+    if any(path.glob("*/model.onnx")):
+        return _load_onnx(path)
+    return load(source, values)
+
+
+def _load_onnx(path: Path) -> Any:
+    from optimum_segquant.exporters.onnx import supported_pipelines
+    from optimum_segquant.files import verify_manifest
+
+    supported_pipelines()  # raises if optimum-onnx or onnxruntime is missing
+    verify_manifest(path, required=False)
+    from optimum.onnxruntime import ORTDiffusionPipeline
+
+    return ORTDiffusionPipeline.from_pretrained(path, export=False)
+
+
+def device_of(values: Namespace) -> str:
+    """The device that was asked for.
+
+    Raises:
+        ValueError: this machine has none such.
+    """
+    import torch
+
+    name = values.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name} here ({str(error).splitlines()[0]}): write --device cpu") from error
+    return str(name)
+
+
+def finite(value: Any) -> Any:
+    """Plain data with infinities and NaN as texts, which JSON has not."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
