@@ -22,6 +22,7 @@ from .components import modules_of
 from .configs import NamedConfig, algorithm_of, is_segquant
 from .evaluation import RecordedCalls
 from .exporters import export_onnx, supported_pipelines
+from .exporters.verify import ExportMismatchError
 from .files import check_replaceable
 from .progress import written_bytes
 from .quantization_report import model_bytes, packed_bytes
@@ -108,7 +109,8 @@ def write_export(
     """Write a directory; call it inside ``staged_directory``.
 
     A pipeline that Optimum has no ONNX form of has each of its quantized models written by itself, into a folder of its
-    component's name.
+    component's name: for inputs of any size, or, with a warning, of the calibration's where the model bakes sizes into
+    its graph.
 
     Args:
         model: pipeline or single model.
@@ -163,7 +165,12 @@ def _write_onnx(
                 "export_onnx(model, directory, inputs=...)"
             )
         folder = directory if alone else directory / name
-        export_onnx(part, folder, target=target, inputs=next(iter(found)).inputs, progress=progress)
+        inputs = next(iter(found)).inputs
+        try:
+            export_onnx(part, folder, target=target, inputs=inputs, progress=progress)
+        except ExportMismatchError as error:
+            logger.warning("%s is exported for the sizes it was calibrated on only, not for any: %s", name, error)
+            export_onnx(part, folder, target=target, inputs=inputs, dynamic_axes={}, progress=progress)
 
 
 def _modules(model: Any, components: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:

@@ -14,13 +14,13 @@ layers are kept, so that a run that was killed goes on; and a directory is writt
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ _CALIBRATION, _HELD_OUT, _SOLVED = "calibration", "held_out", "solved_layers"
 """Folders in ``cache_dir``."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class QuantizationResult:
     """What :meth:`SegQuantizer.quantize` gives.
 
@@ -256,8 +256,13 @@ class SegQuantizer(OptimumQuantizer):
         start = time.perf_counter()
         with staged_directory(save_dir) as staged:
             write_export(self.model, self.components, self._data, staged, export, progress=progress)
-            report = dataclasses.replace(
+            parts = self.report.components
+            if export == "segquant":
+                # Counted, no longer predicted.
+                parts = tuple(replace(part, bytes_after=model_bytes(self.components[part.name])) for part in parts)
+            report = replace(
                 self.report,
+                components=parts,
                 export=export,
                 exported_bytes=sum(file.stat().st_size for file in staged.rglob("*") if file.is_file()),
                 seconds={**self.report.seconds, "export": time.perf_counter() - start},
@@ -401,7 +406,7 @@ def _quantize(
 
 def _measured(part: ComponentReport, model: nn.Module, held_out: RecordedCalls) -> ComponentReport:
     found = velocity_sqnr(model, held_out)
-    return dataclasses.replace(part, sqnr=found.overall, sqnr_by_timestep=dict(found.per_timestep))
+    return replace(part, sqnr=found.overall, sqnr_by_timestep=dict(found.per_timestep))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class DenoiserCall:
     Attributes:
         inputs: the call's arguments by parameter name; tensors on the CPU, in the dtype the pipeline passed.
         output: the first output, usually (B, C, H, W) or (B, tokens, C), on the CPU; B includes guidance's
-            unconditional half. For flow-matching models this is the velocity.
+            unconditional half. For flow-matching models this is the velocity; of a ControlNet the last residual.
         timestep: the largest entry of the timestep argument, in the denoiser's own units; NaN for components that get
             none (text encoders).
         step: index of the denoising step within the trajectory, from 0.
@@ -114,12 +114,12 @@ def run_call(denoiser: nn.Module, call: DenoiserCall) -> Tensor:
         call: its inputs are copied: a model that writes to them does not change the recording.
 
     Returns:
-        The first output, in the model's own dtype and on its own device.
+        The output, as recorded, in the model's own dtype and on its own device.
     """
     device = execution_device(denoiser)
     inputs = map_tensors(call.inputs, lambda tensor: tensor.to(device, copy=True))
     with evaluation_mode(denoiser), torch.no_grad():
-        return first_tensor(denoiser(**inputs))
+        return kept_tensor(denoiser(**inputs))
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -135,18 +135,34 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of a model's output: a tensor, or whatever nests of tuples, lists and dicts (diffusers'
-    and transformers' output classes are dicts) hold first, such as a ControlNet's first residual.
+    """Return the first tensor of a denoiser's output: a tensor, a tuple, or one of diffusers' output classes.
 
     Raises:
         ValueError: the first entry is not a tensor.
     """
     first = output
-    while isinstance(first, (dict, list, tuple)) and first:
-        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
     if not isinstance(first, Tensor):
-        raise ValueError(f"the model's first output is a {type(first).__name__}, not a tensor")
+        first = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    if not isinstance(first, Tensor):
+        raise ValueError(f"the denoiser's first output is a {type(first).__name__}, not a tensor")
     return first
+
+
+def kept_tensor(output: Any) -> Tensor:
+    """Return the tensor of a model's output that a recording keeps: the first one, or of a list the last.
+
+    A ControlNet returns a list of residuals, the last of which all its blocks had a part in; its first one comes before
+    them. Outputs may nest; the output classes of diffusers and transformers are dicts.
+
+    Raises:
+        ValueError: there is something else in that place.
+    """
+    kept = output
+    while isinstance(kept, (dict, list, tuple)) and kept:
+        kept = next(iter(kept.values())) if isinstance(kept, dict) else kept[-1 if isinstance(kept, list) else 0]
+    if not isinstance(kept, Tensor):
+        raise ValueError(f"the model's output begins with a {type(kept).__name__}, not a tensor: it can't be recorded")
+    return kept
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

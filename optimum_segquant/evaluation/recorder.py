@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import DenoiserCall, first_tensor
+from .calls import DenoiserCall, kept_tensor
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "timestep_ratio")
 """Arguments that hold the timestep, in the order in which they are looked up."""
@@ -121,7 +121,7 @@ class CallRecorder:
         if self._pending is None:
             return
         inputs, timestep, step = self._pending
-        result = first_tensor(output).detach().to("cpu", copy=True)
+        result = kept_tensor(output).detach().to("cpu", copy=True)
         if not torch.isfinite(result).all():
             raise FloatingPointError(
                 f"the full-precision {self._label} returned NaN or infinity at step {step} "

@@ -221,9 +221,9 @@ class OnnxLinear(nn.Module):
         spec = packed.spec
         self.spec, self.layout = spec, spec.layout
         self.in_features, self.out_features = packed.in_features, packed.out_features
-        # Some models look at the dtype of a weight before they call its Linear; as for other int8 Linears, they
-        # then leave the input alone.
-        self.weight = torch.empty(0, dtype=torch.int8)
+        # Some models look at the dtype of a weight, or of a module's first parameter, before they call its Linear; as
+        # for other int8 Linears, they then leave the input alone.
+        self.weight = nn.Parameter(torch.empty(0, dtype=torch.int8), requires_grad=False)
         self.register_buffer("bias", None if packed.bias is None else packed.bias.detach().float().reshape(1, 1, -1))
         for name in ("shift", "smoothing"):
             value = getattr(packed, name)
