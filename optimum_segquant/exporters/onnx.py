@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
+from tqdm import tqdm
 
 from modelopt_ext.export.onnx import (
     LARGEST_FILE,
@@ -59,6 +60,7 @@ def export_onnx(
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     output_names: Sequence[str] | None = None,
     largest_file: int = LARGEST_FILE,
+    progress: bool = False,
 ) -> Path:
     """Write a quantized pipeline as a directory that ``ORTDiffusionPipeline.from_pretrained`` loads, or one model.
 
@@ -77,6 +79,7 @@ def export_onnx(
         dynamic_axes: for a model: dimensions that may change, by input or output name; default batch and sizes.
         output_names: for a model: names of its outputs.
         largest_file: bytes from which on tensors go to ``model.onnx_data``.
+        progress: show a bar that counts the bytes of the models that are traced, finished and verified.
 
     Returns:
         The directory.
@@ -93,13 +96,14 @@ def export_onnx(
                 "a pipeline's inputs, axes and output names are Optimum's: leave out inputs, dynamic_axes and "
                 "output_names, or export the denoiser by itself"
             )
-        return _export_pipeline(model, Path(save_directory), chosen, opset, verify, largest_file)
+        return _export_pipeline(model, Path(save_directory), chosen, opset, verify, largest_file, progress)
     if inputs is None:
         raise ValueError(
             f"exporting a {type(model).__name__} by itself needs inputs={{...}}, the arguments of a real call, e.g. "
             "sample_trajectories(pipe, prompts, ...)[0].inputs"
         )
-    with staged_directory(save_directory) as directory:
+    size = _bytes(model)
+    with staged_directory(save_directory) as directory, _bar((2 if verify else 1) * size, progress) as bar:
         with exportable_operators(model):
             path = export_module(
                 model,
@@ -115,17 +119,25 @@ def export_onnx(
         if save_config is not None:
             save_config(directory)
         _check_target(path, chosen)
+        bar.update(size)
         if verify:
             from .verify import verify_module
 
             verify_module(path, model, inputs, chosen)
+            bar.update(size)
         write_export_record(directory, export_record(model, {"model": model}, target=target))
         write_manifest(directory)
     return Path(save_directory)
 
 
 def _export_pipeline(
-    pipeline: DiffusionPipeline, save_directory: Path, target: Target, opset: int | None, verify: bool, largest: int
+    pipeline: DiffusionPipeline,
+    save_directory: Path,
+    target: Target,
+    opset: int | None,
+    verify: bool,
+    largest: int,
+    progress: bool,
 ) -> Path:
     name = type(pipeline).__name__
     known = supported_pipelines()
@@ -141,9 +153,12 @@ def _export_pipeline(
 
     from optimum.exporters.onnx import onnx_export_from_model
 
-    with staged_directory(save_directory) as directory:
+    sizes = {name: _bytes(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    total = sum(sizes.values()) + (2 if verify else 1) * sum(sizes[component] for component in specs)
+    with staged_directory(save_directory) as directory, _bar(total, progress) as bar:
         with ExitStack() as stack:
             stack.enter_context(unchanged_configs(pipeline))
+            stack.enter_context(_counted_exports(sizes, bar))
             for component in specs:
                 stack.enter_context(lowered(getattr(pipeline, component), target))
             with warnings.catch_warnings():
@@ -156,15 +171,42 @@ def _export_pipeline(
                 path = directory / component / MODEL_FILE
                 finish_file(path, target, len(found), largest)
                 _check_target(path, target)
+                bar.update(sizes[component])
             if verify:
                 from .verify import verify_pipeline
 
-                verify_pipeline(directory, pipeline, specs, target)
+                verify_pipeline(directory, pipeline, specs, target, done=lambda name: bar.update(sizes[name]))
         record = export_record(pipeline, {name: getattr(pipeline, name) for name in specs}, target=target.name)
         write_export_record(directory, {**record, "opset": version})
         write_manifest(directory)
     logger.info("%s with %d quantized layers written to %s, opset %d", name, len(layers), save_directory, version)
     return save_directory
+
+
+def _bar(total: int, progress: bool) -> tqdm[NoReturn]:
+    return tqdm(total=total, desc="ONNX", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+@contextmanager
+def _counted_exports(sizes: Mapping[str, int], bar: tqdm[NoReturn]) -> Iterator[None]:
+    """Move the bar on for every model that Optimum has traced; of the VAE it makes two halves."""
+    from optimum.exporters.onnx import convert
+
+    export = convert.export
+
+    def counted(*args: Any, output: Path, **kwargs: Any) -> Any:
+        result = export(*args, output=output, **kwargs)
+        name = Path(output).parent.name
+        half = name.startswith("vae_")
+        bar.update(sizes.get("vae", 0) // 2 if half else sizes.get(name, 0))
+        return result
+
+    with mock.patch.object(convert, "export", counted):
+        yield
 
 
 def quantized_components(pipeline: DiffusionPipeline) -> dict[str, dict[str, PackedSpec]]:

@@ -51,9 +51,20 @@ def verify_module(path: Path, model: nn.Module, inputs: Mapping[str, Any], targe
 
 
 def verify_pipeline(
-    directory: Path, pipeline: DiffusionPipeline, specs: Mapping[str, Mapping[str, PackedSpec]], target: Target
+    directory: Path,
+    pipeline: DiffusionPipeline,
+    specs: Mapping[str, Mapping[str, PackedSpec]],
+    target: Target,
+    done: Callable[[str], object] = lambda component: None,
 ) -> None:
     """Check the files of a pipeline's quantized models against its models, which are lowered already.
+
+    Args:
+        directory: of the files.
+        pipeline: with lowered models.
+        specs: formats by component and layer.
+        target: whom the files are for.
+        done: called with each component that is checked.
 
     Raises:
         ExportMismatchError: says which component on which input sizes.
@@ -78,6 +89,7 @@ def verify_pipeline(
                 _floor(layers),
                 target,
             )
+        done(component)
 
 
 def _optimum_exports(pipeline: DiffusionPipeline) -> dict[str, tuple[nn.Module, Any]]:
