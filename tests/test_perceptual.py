@@ -142,12 +142,12 @@ def test_a_failed_download_is_skipped():
             raise urllib.error.URLError("no route")
 
 
-def test_torch_hub_finds_a_local_file_under_its_own_name(tmp_path):
+def test_torch_hub_finds_a_local_file(tmp_path):
     path = tmp_path / "alexnet-owt-7be5be79.pth"
     torch.save({"weight": torch.arange(3.0)}, path)
     before = torch.hub.get_dir()
-    with networks._hub_file(path):
-        state = torch.hub.load_state_dict_from_url(f"https://nowhere.invalid/{path.name}")
+    with networks._cached_by_hub(path, "as-torchvision-names-it.pth"):
+        state = torch.hub.load_state_dict_from_url("https://nowhere.invalid/as-torchvision-names-it.pth")
     assert torch.equal(state["weight"], torch.arange(3.0))
     assert torch.hub.get_dir() == before
     assert find_weights(tmp_path) == {"lpips": path}

@@ -279,6 +279,7 @@ def test_bit_equal_pipelines(tmp_path: Path) -> None:
     assert "Missing. both denoisers gave bit-equal outputs" in words
     assert "Missing. both trajectories are bit-equal" in words
     assert "PSNR, dB ∞ ∞" in words
+    assert "Not asked for: SSIM, LPIPS, FID, CLIP score." in words
 
 
 def test_parts_that_were_not_measured(tmp_path: Path) -> None:

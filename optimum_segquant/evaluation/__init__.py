@@ -1,6 +1,7 @@
 """How close is a quantized diffusion pipeline to its full-precision original?
 
-Three steps, each usable on its own:
+:func:`evaluate` measures everything in one call: images by PSNR, SSIM, LPIPS, FID and CLIP score, the denoiser's error
+per timestep, the error that accumulates over the trajectory, and every layer's own. Its parts are usable on their own:
 
 1. :func:`sample_trajectories` runs a full-precision pipeline and keeps what its denoiser read and returned.
    The result doubles as calibration data: :meth:`Trajectories.forward_loop` is the ``forward_loop`` of
@@ -8,9 +9,10 @@ Three steps, each usable on its own:
 2. :func:`velocity_sqnr` replays the recorded inputs through a quantized denoiser and compares its outputs with the
    recorded ones. It isolates one denoiser call from the chaos of sampling: both models see the same inputs.
 3. :func:`generate_images` and :func:`image_metrics` compare finished images of equal prompts and seeds (PSNR, SSIM).
+4. :func:`perceptual_metrics` adds LPIPS, FID and CLIP score, with networks from a local directory or the hub.
 
-:func:`compare` does all three for one ModelOpt config on a copy of the denoiser; :func:`layer_costs` says which layers
-hold the weights and do the multiply-adds.
+:func:`compare` does the first three for one ModelOpt config on a copy of the denoiser; :func:`layer_costs` says which
+layers hold the weights and do the multiply-adds.
 """
 
 from .comparison import Comparison, compare, denoiser_replaced

@@ -159,9 +159,8 @@ def _lpips(source: Any, device: torch.device) -> Network:
 def _lpips_of_torchmetrics(backbone: Path | None, device: torch.device) -> Network:
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    reasons = _reasons("torchvision", "lpips.pt or alexnet-owt-7be5be79.pth")
     # Its heads are part of torchmetrics; torchvision gets the backbone through torch.hub.
-    with reasons, contextlib.nullcontext() if backbone is None else _hub_file(backbone):
+    with _reasons("torchvision", "lpips.pt or alexnet-owt-7be5be79.pth"), _found_by_torchvision(backbone):
         metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", normalize=True).to(device)
 
     def distance(images: Tensor, reference: Tensor) -> Tensor:
@@ -175,13 +174,25 @@ def _lpips_of_torchmetrics(backbone: Path | None, device: torch.device) -> Netwo
 
 
 @contextlib.contextmanager
-def _hub_file(path: Path) -> Iterator[None]:
-    """Inside, torch.hub finds ``path`` in its cache, under its own name."""
+def _found_by_torchvision(backbone: Path | None) -> Iterator[None]:
+    """Inside, torchvision takes AlexNet's weights from this file, if one is given."""
+    if backbone is None:
+        yield
+        return
+    from torchvision.models import AlexNet_Weights
+
+    with _cached_by_hub(backbone, AlexNet_Weights.DEFAULT.url.rpartition("/")[2]):
+        yield
+
+
+@contextlib.contextmanager
+def _cached_by_hub(path: Path, name: str) -> Iterator[None]:
+    """Inside, torch.hub finds ``path`` in its cache, as the file ``name``."""
     before = torch.hub.get_dir()
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Path(folder) / "checkpoints"
         checkpoints.mkdir()
-        (checkpoints / path.name).symlink_to(path.resolve())
+        (checkpoints / name).symlink_to(path.resolve())
         torch.hub.set_dir(folder)
         try:
             yield

@@ -102,5 +102,5 @@ def image_uri(image: Tensor, largest: int) -> str:
     picture = Image.fromarray(pixels)
     picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    picture.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -25,7 +25,7 @@ from .drawings import LayerView, PlanView, Plot, layer_view, plan_view, trajecto
 from .gallery import Pair, pairs_of
 from .quantization_view import QuantizationView, config_texts, ordered_versions, quantization_view
 from .summary import Card, cards, missing
-from .tables import LAYER_COLUMNS, Cell, MetricRow, Table, cost_table, layer_rows, metric_rows
+from .tables import LAYER_COLUMNS, Cell, MetricRow, Table, cost_table, layer_rows, metric_rows, unasked_metrics
 
 SECTIONS = (
     ("images", "Images"),
@@ -182,7 +182,7 @@ def _page(
         pairs_note=pairs_note,
         pair_width=_pair_width(evaluation),
         metrics=metric_rows(evaluation.metrics) if evaluation else [],
-        metrics_note=_NOT_EVALUATED if evaluation is None else "no metrics were asked for",
+        metrics_note=unasked_metrics(evaluation.metrics) if evaluation else _NOT_EVALUATED,
         trajectory=trajectory(evaluation) if evaluation else [Plot("Error by timestep", "", "", _NOT_EVALUATED)],
         layers=layer_view(table) if table else None,
         layer_columns=LAYER_COLUMNS,

@@ -80,13 +80,14 @@ def plot_layers(table: SensitivityTable) -> Figure | None:
         return None
     figure, axes = styled(2 * _WIDTH, _HEIGHT + 0.6)
     most = max(row.multiply_adds for _, row in rows)
+    crowd = min(1.0, 120 / len(rows))  # many layers, small marks
     for group, (colour, _) in _GROUPS.items():
         members = [(index, row) for index, row in rows if layer_group(row.name) == group]
         if members:
             axes.scatter(
                 [index for index, _ in members],
                 [row.local_sqnr for _, row in members],
-                s=[14 + 110 * row.multiply_adds / most for _, row in members],
+                s=[crowd * (14 + 110 * row.multiply_adds / most) for _, row in members],
                 color=colour,
                 alpha=0.75,
                 linewidth=0,

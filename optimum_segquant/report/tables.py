@@ -68,6 +68,12 @@ def _metric_row(name: str, result: MetricResult) -> MetricRow:
     )
 
 
+def unasked_metrics(metrics: Mapping[str, MetricResult]) -> str:
+    """The metrics that the evaluation was not asked for, in a sentence; empty for none."""
+    names = [label.partition(",")[0] for name, label in METRIC_LABELS.items() if name not in metrics]
+    return f"Not asked for: {', '.join(names)}." if names else ""
+
+
 LAYER_COLUMNS = (
     ("layer", "code"),
     ("kind", "text"),
