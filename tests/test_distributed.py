@@ -6,6 +6,8 @@ import copy
 import functools
 import logging
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -460,6 +462,58 @@ def test_going_on_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert_same(state, expected)
     assert sorted(results[0][1] + results[1][1]) == ["blocks.3", "blocks.4", "blocks.5"]
     assert not (tmp_path / "nobody's").exists()
+
+
+# -- Launchers ---------------------------------------------------------------------------------------------------------
+
+FAILS = """
+import sys
+sys.path[:0] = {path!r}
+from test_distributed import *
+from optimum_segquant.calibration.distributed import join_processes
+
+rank, size = join_processes()
+assert size == 2
+
+def forward_loop(model):
+    model(of_chain(0))
+    if rank == 1:
+        raise OSError("no such batch")
+
+mtq.quantize(chain(), W4A4, forward_loop)
+"""
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# With --cpu, and without GPUs by itself, accelerate starts a single process.
+ACCELERATE = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+
+
+def launch(launcher: list[str], *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, *command], capture_output=True, text=True, check=False, timeout=400
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_a_launch_ends_with_an_error_of_one_process(launcher: list[str], tmp_path: Path):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS.format(path=[str(Path(__file__).parent), *sys.path]))
+    result = launch(launcher, str(script))
+    assert result.returncode != 0
+    message = "ValueError: rank 1 of 2 failed: forward_loop raised OSError: no such batch; the model is unchanged"
+    assert message in result.stderr
+    assert "OSError: no such batch\n" in result.stderr, "the traceback of where it happened is missing"
+
+
+@pytest.mark.slow
+def test_the_example_gives_the_model_of_one_process():
+    """On the shipped pipeline; three batches for two processes, each started by itself (sets have other orders)."""
+    small = "--prompts 3 --batch-size 1 --steps 4 --calibration-steps 2 --config SEGQUANT_INT8_PER_TENSOR_CFG".split()
+    result = launch(TORCHRUN, str(Path(__file__).parents[1] / "examples" / "distributed_calibration.py"), *small)
+    assert result.returncode == 0, result.stderr
+    table = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    assert [row.split(" | ")[:2] for row in table[2:]] == [["| 1", "6"], ["| 2", "4, 2"]]
+    assert "1 different model(s) in 2 process(es).\n0 of " in result.stdout
 
 
 # -- Parts -------------------------------------------------------------------------------------------------------------

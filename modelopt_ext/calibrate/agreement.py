@@ -52,8 +52,9 @@ class Agreement:
             ValueError: the model is spread over the processes.
         """
         _check_whole(model)
+        # Values as text: their own dicts may have keys of several types. The order of the attributes is that of a set.
         quantizers = {
-            name: str(module.get_modelopt_state(properties_only=True))
+            name: {key: str(value) for key, value in module.get_modelopt_state(properties_only=True).items()}
             for name, module in model.named_modules()
             if hasattr(module, "get_modelopt_state")
         }
