@@ -129,10 +129,8 @@ def _read(path: Path) -> dict[str, Any]:
         return _checked(content, str(path))
     for section in ("metadata", "quantize"):
         if section not in content:
-            near = [str(key) for key in content if _meant(str(key), (section,))]
-            raise ValueError(
-                f"{path} has no section {section!r}" + (f", is {near[0]!r} meant to be it?" if near else "")
-            )
+            near = next((f"; {key!r} is unknown" for key in content if _meant(str(key), (section,))), "")
+            raise ValueError(f"{path} has no section {section!r}{near}: a recipe has metadata and quantize")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # load_recipe prints what it loads
             recipe: Any = load_recipe(path)

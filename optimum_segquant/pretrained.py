@@ -135,6 +135,7 @@ def _hub_file(name: str, options: dict[str, Any]) -> Callable[[str], dict[str, A
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -153,9 +154,12 @@ def _hub_file(name: str, options: dict[str, Any]) -> Callable[[str], dict[str, A
     def read(filename: str) -> dict[str, Any] | None:
         try:
             return _json(Path(hf_hub_download(name, filename, **options)))
-        except EntryNotFoundError:  # also of the cache
-            if unreachable is not None and filename.endswith(_MODEL):  # the last one looked for
-                raise unreachable from None
+        except LocalEntryNotFoundError as error:
+            # Not in the cache; a model has no index there, the config is the last file that is looked for.
+            if options.get("local_files_only") and not filename.endswith(_MODEL):
+                return None
+            raise (unreachable or error) from None
+        except EntryNotFoundError:
             return None
 
     return read
