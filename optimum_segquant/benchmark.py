@@ -1,7 +1,7 @@
 """How long a denoising step takes and what it needs: in full precision, simulated and packed, on the present device.
 
-One call of the denoiser is recorded from the pipeline in use, then repeated in every form. The forms follow each other in
-one process on one model: full precision, then ``mtq.quantize`` on that call, then ``modelopt_ext.compress``.
+One call of the denoiser is recorded from the pipeline in use, then repeated in every form. The forms follow each other
+in one process on one model: full precision, then ``mtq.quantize`` on that call, then ``modelopt_ext.compress``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import modelopt_ext
 from .calibration import default_prompts
 from .evaluation import PeakMemory, Trajectories, denoiser_of, sample_trajectories
 from .evaluation.calls import execution_device, run_call
-from .quantization_report import model_bytes
+from .quantization_report import model_bytes, model_class
 from .versions import versions
 
 __all__ = ["FORMS", "Benchmark", "FormCost", "benchmark_forms"]
@@ -142,7 +142,7 @@ def benchmark_forms(
             step = _step(denoiser, calls, compiled and form == "packed")
             found.append(_measure(form, denoiser, step, device, repeats))
     return Benchmark(
-        denoiser=calls_class(denoiser),
+        denoiser=model_class(denoiser),
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         shape=_shape(calls),
@@ -181,13 +181,6 @@ def _timed(step: Callable[[], object], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def calls_class(model: nn.Module) -> str:
-    """Name of a model's own class, without what quantization put in front of it."""
-    from .quantization_report import model_class
-
-    return model_class(model)
 
 
 def _device_name(device: torch.device) -> str:

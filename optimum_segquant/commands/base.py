@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -30,9 +31,8 @@ _HOSTS = ("optimum_segquant", "modelopt_ext", "diffusers", "transformers", "opti
 _QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",
 }
+"""What libraries read when they are imported, which a command does after this is set."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class SegQuantSubcommand(BaseOptimumCLICommand):
         try:
             values = read_options(arguments, self.OPTIONS)
             debug = values["debug"]
-            with _quiet_unless(debug, values["quiet"]), contextlib.redirect_stdout(sys.stderr):
+            with _quiet_unless(debug), contextlib.redirect_stdout(sys.stderr if debug else io.StringIO()):
                 values["progress"] = not values["quiet"] and sys.stderr.isatty()
                 result = self.work(Namespace(**values))
         except KeyboardInterrupt:
@@ -104,7 +104,7 @@ class SegQuantSubcommand(BaseOptimumCLICommand):
 
 
 def one_line_errors(parser: ArgumentParser, flags: Sequence[str]) -> None:
-    """Let a parser say what is wrong in one line, unknown options included, which argparse leaves to the tool's root."""
+    """Let a parser say what is wrong in one line, also of unknown options, which argparse leaves to the tool's root."""
 
     def error(message: str) -> NoReturn:
         _fail(f"{message}; see {parser.prog} --help", USER_ERROR)
@@ -151,11 +151,9 @@ def _write(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_unless(debug: bool, quiet: bool) -> Iterator[None]:
-    """Logs of errors only, no warnings, and no bars where nobody watches them; with ``debug`` everything is shown."""
+def _quiet_unless(debug: bool) -> Iterator[None]:
+    """Logs of errors only and no warnings; with ``debug`` everything is shown."""
     environment = {} if debug else dict(_QUIET)
-    if not quiet and sys.stderr.isatty():
-        environment.pop("TQDM_DISABLE", None)
     before = {name: os.environ.get(name) for name in environment}
     levels = {name: logging.getLogger(name).level for name in ("optimum_segquant", "modelopt_ext")}
     os.environ.update({name: value for name, value in environment.items() if before[name] is None})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from .base import Result, SegQuantSubcommand
-from .models import CALL, LOADING, load, preset
+from .models import CALL, LOADING, load
 from .options import Option
 
 __all__ = ["BenchmarkCommand"]
@@ -16,13 +16,13 @@ class BenchmarkCommand(SegQuantSubcommand):
 
     DESCRIPTION = (
         "Measure on the present device how long a denoising step takes and how much memory it needs: in full precision, "
-        "with simulated quantization, and packed. Calibrated on one call, so that only speed and size mean anything."
+        "with simulated quantization, and packed. Calibrated on one call: only speed and size mean anything."
     )
     OPTIONS = (
         Option("model", "the directory of a pipeline, or its name on the hub", positional=True, required=True),
-        Option("preset", "name of a preset or YAML file with a quantization config", default="SEGQUANT_CFG", check=preset),
+        Option("preset", "name of a preset or YAML file with a quantization config", default="SEGQUANT_CFG"),
         Option("repeats", "timed steps; the median counts", kind="integer", default=10),
-        Option("forms", "to measure: full simulated packed; by default all", kind="list", choices=("full", "simulated", "packed")),
+        Option("forms", "to measure; by default all", kind="list", choices=("full", "simulated", "packed")),
         Option("compile", "compile the packed denoiser with torch.compile before it is timed", kind="flag"),
         *(option for option in CALL if option.name != "steps"),
         *LOADING,
@@ -41,13 +41,16 @@ class BenchmarkCommand(SegQuantSubcommand):
     def work(values: Namespace) -> Result:
         """Measure."""
         from optimum_segquant.benchmark import FORMS, benchmark_forms
-        from optimum_segquant.configs import resolve_config
+        from optimum_segquant.configs import is_segquant, resolve_config, with_algorithm
 
         config = resolve_config(values.preset)
+        quantization = config.config
+        if is_segquant(quantization):
+            quantization = with_algorithm(quantization, progress=values.progress)
         pipeline = load(values.model, values)
         found = benchmark_forms(
             pipeline,
-            config.config,
+            quantization,
             forms=tuple(values.forms or FORMS),
             repeats=values.repeats,
             batch_size=values.batch_size,

@@ -17,8 +17,8 @@ class InspectCommand(SegQuantSubcommand):
     """The segment plan of a model."""
 
     DESCRIPTION = (
-        "Watch one forward of a model and show which channels of its Linears belong together: a table, a picture, and a "
-        "file that SegQuant's configs take as their plan."
+        "Watch one forward of a model and show which channels of its Linears belong together: a table, a picture, and "
+        "a file that SegQuant's configs take as their plan."
     )
     OPTIONS = (
         Option("model", "the directory of a pipeline or model, or a hub name", positional=True, required=True),

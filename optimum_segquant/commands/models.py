@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,44 @@ def load(source: str, values: Namespace) -> Any:
     import optimum_segquant  # noqa: F401  teaches diffusers to load packed checkpoints
     from optimum_segquant.pretrained import load_pretrained
 
+    device = device_of(values)
     arguments = dict(values.load or {})
     if values.dtype is not None:
         arguments["torch_dtype"] = getattr(torch, values.dtype)
-    model = load_pretrained(source, **arguments)
+    with _hosts_quiet(values):
+        model = load_pretrained(source, **arguments)
     if "device_map" not in arguments:
-        model.to(device_of(values))
+        model.to(device)
     if hasattr(model, "set_progress_bar_config"):
         model.set_progress_bar_config(disable=True)
     return model
+
+
+@contextmanager
+def _hosts_quiet(values: Namespace) -> Iterator[None]:
+    """The hosts' logs and bars while they load, where nobody asked for them."""
+    import diffusers
+    import transformers
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logs = [diffusers.utils.logging, transformers.utils.logging]
+    levels = [log.get_verbosity() for log in logs]
+    hub = are_progress_bars_disabled()
+    try:
+        for log in logs:
+            if not values.debug:
+                log.set_verbosity_error()
+            if not values.progress:
+                log.disable_progress_bar()
+        if not values.progress:
+            disable_progress_bars()
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
+        if not hub:
+            enable_progress_bars()
 
 
 def load_any(source: str, values: Namespace) -> Any:
@@ -92,7 +123,9 @@ def device_of(values: Namespace) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name} here ({str(error).splitlines()[0]}): write --device cpu") from error
+        raise ValueError(
+            f"there is no device {name} here ({str(error).splitlines()[0]}): write --device cpu"
+        ) from error
     return str(name)
 
 

@@ -31,9 +31,9 @@ class ServeCommand(SegQuantSubcommand):
     """From an exported directory to a served model."""
 
     DESCRIPTION = (
-        "Make a deployment of an exported pipeline: a model repository for NVIDIA Triton Inference Server (ONNX Runtime "
-        "or TensorRT), or a checkpoint for vLLM-Omni, with checksums, record and commands. Or verify one, run it once, "
-        "generate an image with it, here or on a server."
+        "Make a deployment of an exported pipeline: a model repository for NVIDIA Triton Inference Server (ONNX "
+        "Runtime or TensorRT), or a checkpoint for vLLM-Omni, with checksums, record and commands. Or verify one, run "
+        "it once, generate an image with it, here or on a server."
     )
     OPTIONS = (
         Option("source", "what `export` wrote, or a deployment", positional=True, required=True),
@@ -42,7 +42,9 @@ class ServeCommand(SegQuantSubcommand):
         Option("components", "models to serve; by default text encoders, denoiser and VAE decoder", kind="list"),
         Option("device", "where the server runs them", choices=("gpu", "cpu"), default="gpu"),
         Option("instances", "of each model, on each GPU or on the CPU", kind="integer", default=1),
-        Option("image_sizes", "HEIGHTxWIDTH that will be asked for, the usual one first", kind="list", check=image_sizes),
+        Option(
+            "image_sizes", "HEIGHTxWIDTH that will be asked for, the usual one first", kind="list", check=image_sizes
+        ),
         Option("max_images", "images in one call of the pipeline", kind="integer", default=1),
         Option("queue_delay", "microseconds that a request may wait to share a batch", kind="integer", default=0),
         *(option for option in CALL if option.name in ("call", "seed", "steps")),
@@ -89,9 +91,7 @@ class ServeCommand(SegQuantSubcommand):
 def _write(source: Path, values: Namespace) -> Result:
     from optimum_segquant.serving import ServingOptions, write_model_repository
 
-    options = ServingOptions(
-        device=values.device, instances=values.instances, max_queue_delay_us=values.queue_delay
-    )
+    options = ServingOptions(device=values.device, instances=values.instances, max_queue_delay_us=values.queue_delay)
     deployment = write_model_repository(
         source,
         values.output,
