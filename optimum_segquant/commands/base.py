@@ -147,7 +147,8 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _write(text: str) -> None:
-    print(text.rstrip("\n"))
+    if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, one speaks
+        print(text.rstrip("\n"))
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ class BenchmarkCommand(SegQuantSubcommand):
     """Step time and memory of a denoiser in its three forms."""
 
     DESCRIPTION = (
-        "Measure on the present device how long a denoising step takes and how much memory it needs: in full precision, "
-        "with simulated quantization, and packed. Calibrated on one call: only speed and size mean anything."
+        "Measure on the present device how long a denoising step takes and how much memory it needs: in full "
+        "precision, with simulated quantization, and packed. Calibrated on one call: only speed and size mean anything."
     )
     OPTIONS = (
         Option("model", "the directory of a pipeline, or its name on the hub", positional=True, required=True),
