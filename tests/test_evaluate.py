@@ -260,13 +260,21 @@ def test_wrong_calls_fail_before_anything_is_sampled(
         ({"metrics": ["lpip"]}, "'lpip' is unknown"),
         ({"prompts": "a red circle"}, r"write \['a red circle'\]"),
         ({"seeds": [1]}, "3 prompts but 1 seeds"),
-        ({"recorded_steps": 0}, "at least 1"),
+        ({"recorded_steps": 0}, "recorded_steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"layer_calls": 0}, "layer_calls must be at least 1"),
         ({"callback_on_step_end": print}, "callback_on_step_end is set here"),
     ):
-        keywords = {"reference": reference, "quantized": quantized, "prompts": PROMPTS, "metrics": [], **arguments}
+        keywords = {
+            "reference": reference,
+            "quantized": quantized,
+            "prompts": PROMPTS,
+            "metrics": [],
+            **CALL,
+            **arguments,
+        }
         with pytest.raises(ValueError, match=message):
-            evaluate(**keywords, **CALL)
+            evaluate(**keywords)
     (tmp_path / "lpips.pt").write_text("no network")
     with pytest.raises(ValueError, match=r"lpips\.pt is damaged"):
         evaluate(reference, quantized, PROMPTS, weights=tmp_path, metrics=["lpips"], **CALL)
@@ -303,6 +311,16 @@ def test_latent_errors_by_hand() -> None:
         latent_errors([step([1.0])], [step([math.nan])])
     with pytest.raises(ValueError, match="zero after step 0"):
         latent_errors([step([0.0])], [step([1.0])])
+
+
+def test_pipelines_that_hide_their_latents_are_named() -> None:
+    class Hidden:
+        _callback_tensor_inputs = ("prompt_embeds",)
+
+        def __call__(self, callback_on_step_end: Any = None) -> None: ...
+
+    assert StepRecorder.why_not(Hidden()) == "Hidden does not show its latents to callback_on_step_end"
+    assert StepRecorder.why_not(one_block()) == ""
 
 
 def test_recorder_keeps_the_first_prompts_over_batches() -> None:

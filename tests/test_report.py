@@ -324,7 +324,7 @@ def test_the_packed_size_of_simulated_quantization_is_the_reports(tmp_path: Path
     simulated = dataclasses.replace(complete(), quantized=facts("simulated"))
     words = visible(write_report(tmp_path / "r.html", simulated, quantization=QUANTIZATION).read_text())
     assert "Denoiser&#39;s size 954 MiB 0.25 × of 3.73 GiB, once packed" in words
-    assert "the same, packed 954 MiB" in words
+    assert "the same, packed — 954 MiB" in words
 
 
 def test_the_report_of_the_quantizer_itself(tmp_path: Path) -> None:

@@ -155,7 +155,12 @@ def evaluate(
             "both pipelines have the same denoiser: give the full-precision pipeline a copy of its own, or call "
             "sample_reference before quantizing in place and evaluate_samples after it"
         )
-    _check_counts(recorded_prompts=recorded_prompts, recorded_steps=recorded_steps)
+    _check_counts(
+        num_inference_steps=num_inference_steps,
+        batch_size=batch_size,
+        recorded_prompts=recorded_prompts,
+        recorded_steps=recorded_steps,
+    )
     resolve_seeds(prompts, seeds)  # before the networks are loaded
     measurement = _Measurement.prepared(metrics, weights, device, layer_calls, progress)
     samples = sample_reference(
@@ -194,7 +199,7 @@ def sample_reference(
     Raises:
         ValueError, FloatingPointError: see :func:`evaluate`.
     """
-    _check_counts(recorded_prompts=recorded_prompts, recorded_steps=recorded_steps)
+    _check_counts(batch_size=batch_size, recorded_prompts=recorded_prompts, recorded_steps=recorded_steps)
     seed_list = tuple(resolve_seeds(prompts, seeds))
     call = {"num_inference_steps": num_inference_steps, **call_kwargs}
     # Whole batches: arguments such as negative_prompt may be lists of that length.

@@ -86,6 +86,8 @@ class StepRecorder:
         """Why a pipeline can't be recorded; empty if it can."""
         if "callback_on_step_end" not in inspect.signature(pipeline.__call__).parameters:
             return f"{type(pipeline).__name__} takes no callback_on_step_end, which would show its latents"
+        if "latents" not in getattr(pipeline, "_callback_tensor_inputs", ("latents",)):
+            return f"{type(pipeline).__name__} does not show its latents to callback_on_step_end"
         return ""
 
     def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -114,11 +116,7 @@ class StepRecorder:
 
     def steps(self) -> tuple[LatentStep, ...]:
         """What was kept, in order."""
-        return tuple(LatentStep(step, *self._of(step)) for step in sorted(self._steps))
-
-    def _of(self, step: int) -> tuple[float, tuple[Tensor, ...]]:
-        timestep, latents = self._steps[step]
-        return timestep, tuple(latents)
+        return tuple(LatentStep(step, timestep, tuple(kept)) for step, (timestep, kept) in sorted(self._steps.items()))
 
 
 def latent_errors(reference: Sequence[LatentStep], quantized: Sequence[LatentStep]) -> tuple[LatentError, ...]:

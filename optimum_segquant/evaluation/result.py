@@ -108,8 +108,8 @@ class Evaluation:
             if result.skipped:
                 lines.append(f"{name:<14} skipped: {result.skipped}")
                 continue
-            against = "" if result.reference is None else f" (full precision {result.reference:.4g})"
-            lines.append(f"{name:<14} {result.value:.4g}{against}")
+            against = "" if result.reference is None else f" (full precision {result.reference:.6g})"
+            lines.append(f"{name:<14} {result.value:.6g}{against}")
         lines += [f"{name:<14} missing: {reason}" for name, reason in self.missing.items()]
         return "\n".join(lines)
 

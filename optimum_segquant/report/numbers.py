@@ -34,11 +34,6 @@ def seconds(value: float | None) -> str:
     return f"{value:.3g} s" if value < 1000 else f"{value:.0f} s"
 
 
-def percent(share: float | None) -> str:
-    """A share of one, in percent."""
-    return MISSING if share is None else f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
-
-
 def ratio(new: float | None, old: float | None) -> str:
     """``0.31 ×`` of the old value."""
     return MISSING if not new or not old else f"{new / old:.2f} ×"

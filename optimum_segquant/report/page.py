@@ -163,9 +163,9 @@ def _page(
 ) -> Page:
     parts = quantization.get("components", ()) if quantization else ()
     plan = plan or _plan_of(evaluation, parts)
-    configs = (
-        [("Quantization config", config)] if config else [(f"Config of {p['name']}", p.get("config")) for p in parts]
-    )
+    configs = [(f"Quantization config of {part.get('name', 'the model')}", part.get("config")) for part in parts]
+    if config:
+        configs = [("Quantization config", config)]
     call = [("Arguments of the pipeline calls", evaluation.call)] if evaluation else []
     pairs, pairs_note = pairs_of(evaluation, max_images, image_size) if evaluation else ([], _NOT_EVALUATED)
     table = evaluation.layers if evaluation else None

@@ -126,7 +126,7 @@ def cost_table(evaluation: Evaluation, packed_bytes: int | None) -> Table:
         ["computes on", *(facts.device or numbers.MISSING for facts in both)],
         ["data type", *(facts.dtype or numbers.MISSING for facts in both)],
         ["denoiser's weights", *(numbers.size(facts.bytes) for facts in both)],
-        *([["the same, packed", "", numbers.size(packed_bytes)]] if packed_bytes else []),
+        *([["the same, packed", numbers.MISSING, numbers.size(packed_bytes)]] if packed_bytes else []),
         ["one denoising step", *(numbers.seconds(facts.seconds_per_step) for facts in both)],
         ["one image", *(numbers.seconds(facts.seconds_per_image) for facts in both)],
     ]
