@@ -1,6 +1,7 @@
 """SegQuant for NVIDIA ModelOpt (arXiv 2507.14811).
 
-Importing this package registers the calibration algorithm ``segquant`` and its presets with ModelOpt:
+Importing this package registers the calibration algorithm ``segquant``, its presets and products of int8 codes for
+``mtq.compress`` with ModelOpt:
 
     import modelopt.torch.quantization as mtq
     import modelopt_ext
@@ -17,6 +18,7 @@ from . import presets
 from .calibrate.convolutions import with_convolutions
 from .compress import compress
 from .config import SegQuantCalibConfig
+from .kernels.modelopt_gemm import register as _register_int8_products
 from .mode import plan_of
 from .nn import PackedLinear, PackedSpec, SegConv2d, SegLinear
 from .plan import LinearPlan, SegmentPlan
@@ -25,6 +27,7 @@ from .presets import *  # noqa: F403 (its __all__ is the list of presets)
 for _name, _preset in presets.PRESETS.items():
     setattr(mtq, _name, _preset)
     mtq_config.choices.add(_name)
+_register_int8_products()
 
 __all__ = [
     *presets.__all__,

@@ -39,16 +39,14 @@ def _config(sizes: tuple[int, int, int], warps: int, stages: int, per_sm: int) -
     )
 
 
-# (rows, columns, channels), warps, stages, programs on a multiprocessor.
+# (rows, columns, channels), warps, stages, programs on a multiprocessor: for many rows, for few, for two operands.
 WITH_TMA = [
     _config((128, 128, 128), 4, 3, 2),
-    _config((128, 256, 128), 8, 3, 1),
     _config((64, 128, 128), 4, 4, 2),
     _config((128, 128, 128), 8, 3, 1),
 ]
 WITH_POINTERS = [
     _config((128, 128, 64), 4, 4, 2),
-    _config((128, 256, 64), 8, 3, 1),
     _config((64, 128, 64), 4, 4, 2),
     _config((128, 128, 64), 8, 3, 1),
 ]
@@ -56,21 +54,16 @@ SMALL_ROWS = 1024  # up to which tiles of 64 rows are tried: the others leave mu
 
 
 def _fitting(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """Leave out tiles that only waste time at this size."""
+    """The tiles to try at a size; one for most, so that nothing has to be timed."""
     arguments = {**named_args, **kwargs}
-    mine = WITH_TMA if arguments["TMA"] else WITH_POINTERS
-    small, large = mine[2], [mine[0], mine[1]]
+    large, small, dual = WITH_TMA if arguments["TMA"] else WITH_POINTERS
+    rows = arguments["ROWS"]
+    if rows <= small.kwargs["BLOCK_M"]:
+        return [small]
     if arguments["DUAL"]:
-        # Two accumulators of a tile share the registers: eight warps have enough for 128 x 128.
-        return [small] if arguments["ROWS"] <= small.kwargs["BLOCK_M"] else [mine[3]]
-    return (
-        [small]
-        if arguments["ROWS"] <= small.kwargs["BLOCK_M"]
-        else [
-            *large,
-            *([small] if arguments["ROWS"] <= SMALL_ROWS else []),
-        ]
-    )
+        # Two accumulators of a tile share the registers: eight warps have enough.
+        return [dual]
+    return [large, small] if rows <= SMALL_ROWS else [large]
 
 
 @triton.jit
