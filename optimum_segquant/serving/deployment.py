@@ -50,7 +50,9 @@ class Deployment:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as ``deployment.json`` holds it."""
-        return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
+        commands = [dataclasses.asdict(command) for command in self.commands]
+        found = {**dataclasses.asdict(self), "commands": commands}
+        return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **found}
 
     @classmethod
     def from_dict(cls, data: Any) -> Deployment:
