@@ -625,17 +625,20 @@ def test_layers_beyond_the_memory_bound_take_rows_and_are_named(sequential: bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fields", [{}, {"sequential": True}, {"layerwise": {"enable": True}}], ids=str)
 def test_a_model_gets_other_weights_from_accumulated_hessians(dtype: torch.dtype, fields: dict[str, Any]):
-    few = {"samples": 128, **fields}
-    rows, accumulated = (quantized_two({"hessian": kind}, dtype, **few) for kind in ("rows", "accumulated"))
+    """With 128 of 768 rows sampled, the error falls by 7 to 13 %; single samples vary by 8 %."""
     calls = [call.to(dtype) for call in similar_calls(4, seed=600)]
     torch.manual_seed(0)
     original = Two().to(dtype)
-    with torch.no_grad():
-        errors = [sum(float((m(c) - original(c)).square().sum()) for c in calls) for m in (rows, accumulated)]
-    assert errors[1] < 0.97 * errors[0]
-    for model in (rows, accumulated):
-        assert model.blocks[0].weight.dtype == dtype
-    assert not torch.equal(rows.blocks[0].weight, accumulated.blocks[0].weight)
+    errors = {"rows": 0.0, "accumulated": 0.0}
+    for seed in range(3):
+        few = {"samples": 128, "seed": seed, **fields}
+        models = {kind: quantized_two({"hessian": kind}, dtype, **few) for kind in errors}
+        with torch.no_grad():
+            for kind, model in models.items():
+                errors[kind] += sum(float((model(c) - original(c)).square().sum()) for c in calls)
+                assert model.blocks[0].weight.dtype == dtype
+        assert not torch.equal(models["rows"].blocks[0].weight, models["accumulated"].blocks[0].weight)
+    assert errors["accumulated"] < 0.97 * errors["rows"]
 
 
 def test_the_config_knows_where_hessians_come_from():

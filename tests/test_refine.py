@@ -95,8 +95,8 @@ FORMATS = {
 def test_gptq_lowers_the_error_on_unseen_data(model: Block, name: str) -> None:
     weight, activation = FORMATS[name]
     # The modulation has too few rows for GPTQ, and its error would hide that of the others.
-    nearest = quantized(model, weight, activation, exclude=["modulation"])
-    solved = quantized(model, weight, activation, exclude=["modulation"], gptq=True)
+    nearest = quantized(model, weight, activation, exclude=["modulation"], samples=4096)
+    solved = quantized(model, weight, activation, exclude=["modulation"], samples=4096, gptq=True)
     assert noise(solved, model) < noise(nearest, model)
 
 
