@@ -32,6 +32,9 @@ from modelopt_ext.calibrate.dealing import deal
 from modelopt_ext.calibrate.hessian import SecondMoments
 from modelopt_ext.distributed import share
 from modelopt_ext.plan import SegmentPlan
+from optimum_segquant.calibration import CalibrationSettings
+from optimum_segquant.calibration.distributed import join_processes, own_share, split
+from optimum_segquant.evaluation import DenoiserCall, Trajectories
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
 
@@ -90,20 +93,21 @@ def assert_same(one: State, other: State) -> None:
     assert not different
 
 
+FEW = {"alpha_grid": (0.4,), "clip_grid": (1.0, 0.8)}  # settings to try, for speed
 BMM = [{"quantizer_name": "*[qkv]_bmm_quantizer", "cfg": {"num_bits": 8}, "enable": True}]
 CHAIN_W4A4 = changed(W4A4, low_rank={"rank": 4}, weight_clip_grid=(1.0, 0.9), bias_correction=True)
 SAME: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[int], Any], int]] = {
-    "everything that is searched": (tiny_sd3_transformer, quiet(modelopt_ext.SEGQUANT_CFG), sd3_inputs, 3),
+    "everything that is searched": (tiny_sd3_transformer, quiet(modelopt_ext.SEGQUANT_CFG, **FEW), sd3_inputs, 3),
     "gptq and low rank": (chain, CHAIN_W4A4, of_chain, 5),
     "the sample is all rows": (chain, changed(CHAIN_W4A4, samples=10_000), of_chain, 3),
     "the sample is few rows": (chain, changed(CHAIN_W4A4, samples=300, activation_ranges=("max", "mean")), of_chain, 6),
     "sequential": (chain, changed(CHAIN_W4A4, **SEQUENTIAL), of_chain, 5),
-    "convolutions": (unet, quiet(modelopt_ext.with_convolutions(modelopt_ext.SEGQUANT_CFG), alpha=0.5), of_unet, 3),
+    "convolutions": (unet, quiet(modelopt_ext.with_convolutions(modelopt_ext.SEGQUANT_CFG), **FEW), of_unet, 3),
     "shared inputs and attention products": (
         tiny_sd3_transformer,
         {
             "quant_cfg": [*modelopt_ext.SEGQUANT_INT8_PER_TENSOR_CFG["quant_cfg"], *BMM],
-            "algorithm": {"method": "segquant", "share_inputs": True, "alpha": 0.5, "progress": False},
+            "algorithm": {"method": "segquant", "share_inputs": True, "progress": False, **FEW, "alpha": 0.5},
         },
         sd3_inputs,
         3,
@@ -419,8 +423,10 @@ def test_data_that_was_not_shared_out_is_noticed(caplog: pytest.LogCaptureFixtur
             mtq.quantize(chain(), W4A4, lambda model: [model(x) for x in chain_data(1)])
         return caplog.text
 
-    for text in in_processes(everything):
-        assert "all 2 processes read the same calibration data" in text
+    first, second = in_processes(everything)
+    assert "all 2 processes read the same calibration data" in first
+    assert not second, "what all decide alike is told once"
+    assert logging.getLogger("modelopt_ext").level == logging.NOTSET
 
 
 # -- Checkpoints -------------------------------------------------------------------------------------------------------
@@ -531,6 +537,34 @@ def test_shares_are_every_item_once():
     assert list(share("abc")) == ["a", "b", "c"]
     assert in_processes(lambda: list(share("abcde")), size=2) == [["a", "c", "e"], ["b", "d"]]
     assert in_processes(lambda: list(share("a")), size=2) == [["a"], []]
+
+
+def test_recorded_calls_are_split_by_batches():
+    """Two calls of the model in each of three batches, and one in a fourth."""
+    batches = [0, 0, 1, 1, 2, 2, 3]
+    data = chain_data(5, calls=len(batches))
+    trajectories = Trajectories(
+        tuple(
+            DenoiserCall({"x": x}, x, float(i), i, batch)
+            for i, (x, batch) in enumerate(zip(data, batches, strict=True))
+        )
+    )
+    shares = [split(trajectories, rank, 3) for rank in range(3)]
+    assert [[call.batch for call in share] for share in shares] == [[0, 0, 3], [1, 1], [2, 2]]
+    assert [len(share) for share in shares] == [3, 2, 2]
+    assert shares[0].timesteps == (6.0, 1.0, 0.0)
+    one = quantized(chain(), CHAIN_W4A4, trajectories.forward_loop)
+    for state in in_processes(lambda: quantized(chain(), CHAIN_W4A4, split(trajectories).forward_loop)):
+        assert_same(one, state)
+
+
+def test_settings_are_shared_out_once():
+    settings = CalibrationSettings(prompts=("a", "b", "c"), batch_size=1)
+    assert join_processes() == (0, 1)
+    assert own_share(settings) == settings
+    first, second = in_processes(lambda: [own_share(settings), own_share(own_share(settings)), join_processes()])
+    assert first == [settings.share(0, 2), settings.share(0, 2), (0, 2)]
+    assert second == [settings.share(1, 2), settings.share(1, 2), (1, 2)]
 
 
 def test_tensors_travel_as_they_are():

@@ -625,7 +625,7 @@ def test_layers_beyond_the_memory_bound_take_rows_and_are_named(sequential: bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fields", [{}, {"sequential": True}, {"layerwise": {"enable": True}}], ids=str)
 def test_a_model_gets_other_weights_from_accumulated_hessians(dtype: torch.dtype, fields: dict[str, Any]):
-    """With 128 of 768 rows sampled, the error falls by 7 to 13 %; single samples vary by 8 %."""
+    """With 128 of 1536 rows sampled, the error falls by 7 to 13 %; single samples vary by 8 %."""
     calls = [call.to(dtype) for call in similar_calls(4, seed=600)]
     torch.manual_seed(0)
     original = Two().to(dtype)

@@ -13,7 +13,7 @@ import fnmatch
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,6 +85,30 @@ class _Layer:
 
 
 @dataclass
+class _Parts:
+    """What of a model is to be calibrated.
+
+    Attributes:
+        linears, convolutions: by name.
+        others: the quantizers of everything else, which are ModelOpt's business.
+    """
+
+    linears: dict[str, _Layer]
+    convolutions: dict[str, _Layer]
+    others: dict[str, TensorQuantizer]
+
+    @property
+    def layers(self) -> list[_Layer]:
+        """Linears and convolutions."""
+        return [*self.linears.values(), *self.convolutions.values()]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Those of :attr:`layers`, by name."""
+        return {layer.name: layer.module for layer in self.layers}
+
+
+@dataclass
 class Calibration:
     """The outcome for a model: the plan that was used and every Linear's solution."""
 
@@ -111,7 +135,7 @@ def calibrate_model(
             model is then unchanged, in all processes.
         RuntimeError: another process did not come, or died.
     """
-    with Processes.meeting(config.distributed_sync) as processes:
+    with Processes.meeting(config.distributed_sync) as processes, _speaking(processes.is_main):
         return _calibrate(model, config, forward_loop, previous_plan, processes)
 
 
@@ -123,29 +147,24 @@ def _calibrate(
     processes: Processes,
 ) -> Calibration:
     """See :func:`calibrate_model`."""
-    synthetic = forward_loop is None
     positions = CallPositions(processes.rank, processes.size)
     with processes.together():
-        layers, convolutions, others = _layers_of(model, config)
-        if config.is_sequential and synthetic:
+        parts = _parts_of(model, config)
+        if config.is_sequential and forward_loop is None:
             raise ValueError("sequential calibration needs data: pass forward_loop, or leave sequential=False")
         if processes.size > 1:
-            check_mergeable(others)
-            agreement = Agreement.of(model, config, synthetic, previous_plan)
+            check_mergeable(parts.others)
+            agreement = Agreement.of(model, config, forward_loop is None, previous_plan)
     if processes.size > 1:
         agreement.check(processes)
-    calls = None
-    if config.is_sequential:
-        modules = {name: layer.module for name, layer in (*layers.items(), *convolutions.items())}
-        calls = RecordedCalls(model, modules, positions)
-    observed = _observe(
-        model, layers, convolutions, others, config, forward_loop, previous_plan, calls, positions, processes
-    )
+    calls = RecordedCalls(model, parts.modules, positions) if config.is_sequential else None
+    observed = _observe(model, parts, config, forward_loop, previous_plan, calls, positions, processes)
     plan, seen = observed.plan, observed.seen
     called = list(seen)
-    seen_linears = {name: numbers for name, numbers in seen.items() if name in layers}
+    convolutions = parts.convolutions
+    seen_linears = {name: numbers for name, numbers in seen.items() if name in parts.linears}
     reached = {name: convolutions[name] for name in seen if name in convolutions}
-    layers = _with_outer_policies(model, layers, config, list(seen_linears))
+    layers = _with_outer_policies(model, parts.linears, config, list(seen_linears))
     layers = _without_uncalled(layers, seen_linears)
 
     affordable = affordable_second_products(
@@ -159,12 +178,12 @@ def _calibrate(
         {name: seen[name].rows * layer.module.weight.numel() for name, layer in reached.items()},
         config.second_product_budget,
     )
-    solver = _Solver(model, layers, reached, plan, config, affordable, synthetic)
+    solver = _Solver(model, layers, reached, plan, config, affordable, forward_loop is None)
     stages = _stages(model, solver.wanted, called, config)
     with torch.no_grad():
         solutions = solve_stages(solver, stages, observed.statistics, calls, seen, processes)
         _leave_unsolved(layers, convolutions, solutions)
-        disable_uncalibrated(others)
+        disable_uncalibrated(parts.others)
     left = [name for name, solution in solutions.items() if solution.too_few_rows]
     if left:
         logger.warning(
@@ -172,7 +191,7 @@ def _calibrate(
             "them too few different rows, one an item and timestep. More prompts and timesteps change that",
             fold_names(left),
         )
-    if not synthetic:
+    if forward_loop is not None:
         _warn_of_rows_for_hessians(solutions, config)
     logger.info("segquant: %s", plan.summary())
     worst = sorted((solution.sqnr, name) for name, solution in solutions.items() if not math.isnan(solution.sqnr))[:5]
@@ -180,9 +199,20 @@ def _calibrate(
     return Calibration(plan, solutions)
 
 
-def _layers_of(
-    model: nn.Module, config: SegQuantCalibConfig
-) -> tuple[dict[str, _Layer], dict[str, _Layer], dict[str, TensorQuantizer]]:
+@contextmanager
+def _speaking(is_main: bool) -> Iterator[None]:
+    """What all processes decide alike is told by the first one: warnings of others are not logged inside."""
+    package = logging.getLogger(__name__.partition(".")[0])
+    level = package.level
+    if not is_main:
+        package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+
+
+def _parts_of(model: nn.Module, config: SegQuantCalibConfig) -> _Parts:
     """The Linears and the convolutions to calibrate, checked, and the quantizers of everything else."""
     layers = _quantized_linears(model)
     found = {
@@ -201,7 +231,7 @@ def _layers_of(
         _check_layer(layer, config.for_layer(layer.name))
     for layer in convolutions.values():
         _check_polarity(layer, config.for_layer(layer.name))
-    return layers, convolutions, others
+    return _Parts(layers, convolutions, others)
 
 
 def _stages(
@@ -589,9 +619,7 @@ class _Observed:
 
 def _observe(
     model: nn.Module,
-    layers: Mapping[str, _Layer],
-    convolutions: Mapping[str, _Layer],
-    others: Mapping[str, TensorQuantizer],
+    parts: _Parts,
     config: SegQuantCalibConfig,
     forward_loop: ForwardLoop | None,
     previous_plan: SegmentPlan | None,
@@ -600,37 +628,25 @@ def _observe(
     processes: Processes,
 ) -> _Observed:
     """One pass: the plan from its first forward unless one is given, the statistics from all of it."""
-    synthetic = forward_loop is None
     given = None if config.plan is None else SegmentPlan.from_dict(config.plan)
     known = given or previous_plan
     recorder = RecordFirstForward(model, merge_heads=config.merge_heads)
     with processes.together():
         if forward_loop is None:
-            _check_needs_no_data([*layers.values(), *convolutions.values()], others, config)
-            forward_loop = generated_forward_loop(model)
+            _check_needs_no_data(parts, config)
         if known is not None:
             known.check(model)
-        statistics = _run(
-            model,
-            layers,
-            convolutions,
-            others,
-            config,
-            forward_loop,
-            synthetic,
-            calls,
-            positions,
-            nullcontext() if known is not None else recorder,
-        )
+        recording = recorder if known is None else nullcontext()
+        statistics = _run(model, parts, config, forward_loop, calls, positions, recording)
     # Generated inputs are not dealt out: every process had its own, and nothing but their number is looked at.
-    sharing = Processes() if synthetic else processes
+    sharing = Processes() if forward_loop is None else processes
     seen = seen_by_all(statistics, sharing)
     if not seen:
         raise ValueError(
             "forward_loop never ran a quantized Linear of the model: it gets the model as its argument and has to call "
             "that one, e.g. `for batch in data: model(**batch)`"
         )
-    merge_maxima(others, model, sharing)
+    merge_maxima(parts.others, model, sharing)
     _warn_of_unshared_data(statistics, sharing)
     plan = known if known is not None else _first_plan(recorder.plan, statistics, sharing)
     if plan is None:
@@ -647,11 +663,9 @@ def _observe(
     return _Observed(plan, statistics, seen)
 
 
-def _check_needs_no_data(
-    layers: Iterable[_Layer], others: Mapping[str, TensorQuantizer], config: SegQuantCalibConfig
-) -> None:
-    static = [layer.name for layer in layers if layer.is_static]
-    static += [name for name in uncalibrated(others) if not name.endswith("weight_quantizer")]
+def _check_needs_no_data(parts: _Parts, config: SegQuantCalibConfig) -> None:
+    static = [layer.name for layer in parts.layers if layer.is_static]
+    static += [name for name in uncalibrated(parts.others) if not name.endswith("weight_quantizer")]
     if static or config.needs_statistics:
         reason = f"static activation scales ({static[0]}, ...)" if static else f"alpha={config.alpha!r}"
         if not static and config.alpha is None:
@@ -664,27 +678,25 @@ def _check_needs_no_data(
 
 def _run(
     model: nn.Module,
-    layers: Mapping[str, _Layer],
-    convolutions: Mapping[str, _Layer],
-    others: Mapping[str, TensorQuantizer],
+    parts: _Parts,
     config: SegQuantCalibConfig,
-    forward_loop: ForwardLoop,
-    synthetic: bool,
+    forward_loop: ForwardLoop | None,
     calls: RecordedCalls | None,
     positions: CallPositions,
     recording: AbstractContextManager[object],
 ) -> dict[str, LinearStatistics]:
     """Run the loop once and watch the layers; calls are recorded in ``calls``, and in whatever ``recording`` does."""
-    modules = {name: layer.module for name, layer in (*layers.items(), *convolutions.items())}
+    synthetic = forward_loop is None
+    loop = generated_forward_loop(model) if forward_loop is None else forward_loop
 
     def run() -> None:
         try:
             with (
                 recording,
-                max_calibration(model, others),
+                max_calibration(model, parts.others),
                 nullcontext() if calls is None else calls.recording(),
             ):
-                forward_loop(model)
+                loop(model)
         except Exception as error:
             source = "the forward on generated inputs" if synthetic else "forward_loop"
             raise ValueError(
@@ -694,8 +706,8 @@ def _run(
     samples = 1 if synthetic else config.rows_to_keep
     # Generated rows say nothing, and sequential calibration looks at every block once more before it is solved.
     once = not synthetic and calls is None
-    new = _NewStatistics(config, _hessian_limits(layers.values(), config) if once else {}, HessianMemory())
-    statistics = collect(model, modules, run, samples=samples, seed=config.seed, new=new, positions=positions)
+    new = _NewStatistics(config, _hessian_limits(parts.linears.values(), config) if once else {}, HessianMemory())
+    statistics = collect(model, parts.modules, run, samples=samples, seed=config.seed, new=new, positions=positions)
     for name, seen in statistics.items():
         if not seen.range.is_finite:
             raise ValueError(
