@@ -175,6 +175,17 @@ def test_unet_takes_one_timestep_for_each_row(sdxl_export: Path, sdxl: Path) -> 
     assert read_config(sdxl / "unet" / "config.pbtxt").max_batch_size == 4
 
 
+def test_weights_in_a_file_of_their_own_stay_there(sdxl_export: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(sdxl_export, tmp_path / "onnx"))
+    (source / "segquant_manifest.json").unlink()
+    path = source / "unet" / "model.onnx"
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="weights", size_threshold=0)
+    write_model_repository(source, tmp_path / "r", backend="tensorrt", components=["unet", "vae_decoder"], **SDXL)
+    assert (tmp_path / "r" / "unet" / "1" / "weights").stat().st_size > 100_000
+    assert (tmp_path / "r" / "unet" / "1" / "model.onnx").stat().st_size < path.stat().st_size
+    assert [check.model for check in serve_check(tmp_path / "r", threads=1)] == ["unet", "vae_decoder"]
+
+
 def test_scalar_that_is_used_otherwise_is_refused() -> None:
     node = onnx.helper.make_node("Mul", ["x", "scale"], ["y"])
     values = [("x", ["batch_size", 4]), ("scale", []), ("y", ["batch_size", 4])]

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 from .model_config import CONFIG_FILE, read_config
-from .served import RequestError, ServedModel
+from .served import RequestError, ServedModel, ServedTensor
 
 __all__ = ["LocalModels"]
 
@@ -51,26 +51,16 @@ class LocalModels:
         """
         model, session = self._load(name)
         model.check_request(inputs)
-        arrays = {}
-        for tensor, declared in zip(model.inputs, (value for value in _ordered(session, model)), strict=True):
-            array = inputs[tensor.name]
-            if tensor.reshape is not None:
-                array = array.reshape((array.shape[0], *tensor.reshape) if model.max_batch_size else tensor.reshape)
-            arrays[tensor.name] = array.reshape(()) if not declared.shape else array
+        ranks = {value.name: len(value.shape) for value in session.get_inputs()}
+        arrays = {tensor.name: _taken(model, tensor, inputs[tensor.name], ranks) for tensor in model.inputs}
         try:
             results = session.run([tensor.name for tensor in model.outputs], arrays)
         except Exception as error:
             raise RequestError(f"{name}: ONNX Runtime fails on this request: {str(error).splitlines()[0]}") from error
         return {
-            tensor.name: self._given(model, tensor, np.asarray(array))
+            tensor.name: _given(model, tensor, np.asarray(array))
             for tensor, array in zip(model.outputs, results, strict=True)
         }
-
-    @staticmethod
-    def _given(model: ServedModel, tensor: Any, array: np.ndarray) -> np.ndarray:
-        if tensor.reshape is None and array.ndim:
-            return array
-        return array.reshape((array.shape[0], *tensor.dims) if model.max_batch_size else tensor.dims)
 
     def model(self, name: str) -> ServedModel:
         """What the configuration says of a model."""
@@ -88,14 +78,9 @@ class LocalModels:
             raise RequestError(f"{path} is missing: without it {name} runs in its own back end only")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
-        # Graphs made for TensorRT run as written: ONNX Runtime moves float8 codes into operators that do not take them.
-        level = 2 if config.backend == "tensorrt" else config.optimization.graph.level
-        options.graph_optimization_level = _LEVELS[level]
-        threads = (
-            self.threads or int(config.parameters["intra_op_thread_count"].string_value or 0)
-            if ("intra_op_thread_count" in config.parameters)
-            else self.threads
-        )
+        options.graph_optimization_level = _optimization(config)
+        configured = config.parameters.get("intra_op_thread_count")
+        threads = self.threads or int(configured.string_value if configured is not None else 0)
         if threads:
             options.intra_op_num_threads = threads
         try:
@@ -104,11 +89,28 @@ class LocalModels:
             raise RequestError(f"{name}: ONNX Runtime does not load {path}: {str(error).splitlines()[0]}") from error
 
 
-def _ordered(session: onnxruntime.InferenceSession, model: ServedModel) -> list[Any]:
-    declared = {value.name: value for value in session.get_inputs()}
-    if missing := [tensor.name for tensor in model.inputs if tensor.name not in declared]:
-        raise RequestError(f"{model.name}: the file has no input {', '.join(missing)}, which its configuration names")
-    return [declared[tensor.name] for tensor in model.inputs]
+def _optimization(config: Any) -> onnxruntime.GraphOptimizationLevel:
+    """As configured; graphs made for TensorRT as written, or float8 codes move where operators do not take them."""
+    accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+    if config.backend == "tensorrt" or any(accelerator.name == "tensorrt" for accelerator in accelerators):
+        return onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return _LEVELS.get(config.optimization.graph.level, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+
+
+def _taken(model: ServedModel, tensor: ServedTensor, array: np.ndarray, ranks: Mapping[str, int]) -> np.ndarray:
+    """A request's array as the graph takes it."""
+    if tensor.name not in ranks:
+        raise RequestError(f"{model.name}: the file has no input {tensor.name}, which its configuration names")
+    if tensor.reshape is not None:
+        array = array.reshape((array.shape[0], *tensor.reshape) if model.max_batch_size else tensor.reshape)
+    return array if ranks[tensor.name] else array.reshape(())
+
+
+def _given(model: ServedModel, tensor: ServedTensor, array: np.ndarray) -> np.ndarray:
+    """The graph's array as a response holds it."""
+    if tensor.reshape is None and array.ndim:
+        return array
+    return array.reshape((array.shape[0], *tensor.dims) if model.max_batch_size else tensor.dims)
 
 
 def latest_version(directory: Path) -> Path:

@@ -20,13 +20,13 @@ import onnxruntime
 from onnx import ModelProto, TensorProto
 
 from .served import Infer, ServedModel
-from .signature import _TYPES, ModelSignature, TensorSignature
+from .signature import TENSOR_TYPES, ModelSignature, TensorSignature
 
 __all__ = ["PipelineModel", "ServedSession", "load_pipeline", "read_pipeline_models", "write_pipeline_models"]
 
 MODELS_FILE = "served_models.json"
 
-_ONNX_TYPES = {name: number for number, name in _TYPES.items()}
+_ONNX_TYPES = {name: number for number, name in TENSOR_TYPES.items()}
 _ERRORS_ONLY = 3  # ONNX Runtime's log level
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]

@@ -15,7 +15,7 @@ __all__ = ["ModelSignature", "TensorSignature", "signature_of"]
 STEP_AXIS = "step"
 """Optimum's name for the axis of a denoiser's timesteps: one for each row of the batch."""
 
-_TYPES: Mapping[int, str] = {
+TENSOR_TYPES: Mapping[int, str] = {
     TensorProto.BOOL: "TYPE_BOOL",
     TensorProto.UINT8: "TYPE_UINT8",
     TensorProto.UINT16: "TYPE_UINT16",
@@ -129,7 +129,7 @@ def _tensor(value: ValueInfoProto) -> TensorSignature:
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type") or not kind.HasField("shape"):
         raise ValueError(f"{value.name} is no tensor of a known rank: export the model with its axes")
-    if kind.elem_type not in _TYPES:
+    if kind.elem_type not in TENSOR_TYPES:
         raise ValueError(
             f"{value.name} is {TensorProto.DataType.Name(kind.elem_type)}, which Triton has no type for: export the "
             "model with float32, float16 or integer inputs and outputs"
@@ -140,4 +140,4 @@ def _tensor(value: ValueInfoProto) -> TensorSignature:
         else dimension.dim_param or f"{value.name}:{index}"
         for index, dimension in enumerate(kind.shape.dim)
     )
-    return TensorSignature(value.name, _TYPES[kind.elem_type], shape)
+    return TensorSignature(value.name, TENSOR_TYPES[kind.elem_type], shape)
