@@ -33,7 +33,8 @@ from optimum_segquant.quantization_report import QuantizationReport, model_bytes
 
 PROMPTS = ["a red circle", "a blue square above a green triangle", "a large circle", "a small square"]
 USE = {"guidance_scale": 4.0, "height": 16, "width": 16}
-FAST = {"preset": "SEGQUANT_CFG", "algorithm": {"alpha": 0.5, "clip_grid": [1.0], "samples": 64}}
+STATIC = {"preset": "SEGQUANT_CFG", "algorithm": {"alpha": 0.5, "clip_grid": [1.0], "samples": 64}}
+FAST = {**STATIC, "algorithm": {**STATIC["algorithm"], "exclude": ["transformer_blocks.[12].*"]}}  # 25 of 50 Linears
 DYNAMIC = "segquant_int8_dynamic"
 SHAPES = Path(__file__).parent.parent / "examples" / "pipelines"
 
@@ -95,13 +96,13 @@ def test_the_report_says_what_was_done(written: tuple[QuantizationResult, Path])
     assert transformer.bytes_before == model_bytes(original.transformer)
     assert transformer.bytes_after == model_bytes(result.pipeline.transformer)
     assert encoder.bytes_after == model_bytes(result.pipeline.text_encoder_2)
-    assert transformer.bytes_after < 0.4 * transformer.bytes_before
+    assert transformer.bytes_after < 0.7 * transformer.bytes_before  # a good half of the weights
     assert transformer.parameters == sum(p.numel() for p in original.transformer.parameters())
-    assert transformer.layers.linears == transformer.layers.quantized == 50
-    assert transformer.layers.weights == {"int8": 50}
-    assert sum(transformer.layers.activations.values()) == 50
+    assert (transformer.layers.linears, transformer.layers.quantized) == (50, 25)
+    assert transformer.layers.weights == {"int8": 25}
+    assert sum(transformer.layers.activations.values()) == 25
     assert transformer.layers.activations["int8 per token"] == 5  # the embedders
-    assert sum(transformer.layers.polarity.values()) == 51  # one Linear has two input segments
+    assert sum(transformer.layers.polarity.values()) >= 25  # input segments
     assert set(transformer.layers.polarity) <= {"none", "shift", "dual8"}
     assert "50 Linears: 7 with output segments" in (transformer.plan_summary or "")
     assert modelopt_ext.SegmentPlan.from_dict(transformer.plan).summary() == transformer.plan_summary
@@ -122,25 +123,24 @@ def test_the_report_says_what_was_done(written: tuple[QuantizationResult, Path])
     assert saved == report.to_dict()
     assert saved["components"][0]["config"]["algorithm"]["alpha"] == 0.5
     summary = report.summary()
-    assert "transformer (SD3Transformer2DModel), custom: 50 of 50 Linears quantized" in summary
+    assert "transformer (SD3Transformer2DModel), custom: 25 of 50 Linears quantized" in summary
     assert f"held-out SQNR: {transformer.sqnr:.1f} dB" in summary
 
 
 def test_without_a_directory_quantization_stays_simulated():
     pipeline = tiny_sdxl_pipeline()
-    result = quantize_pipeline(pipeline, DYNAMIC, PROMPTS[:2], components=["denoiser", "text_encoders"], **SDXL)
+    # Text encoders are recorded without denoising, so that prompts alone, with default settings, take no time.
+    result = quantize_pipeline(pipeline, DYNAMIC, PROMPTS[:2], components="text_encoders", progress=False)
     assert result.pipeline is pipeline
     assert result.directory is None
-    assert [part.name for part in result.report.components] == ["unet", "text_encoder", "text_encoder_2"]
-    for part in result.report.components:
+    assert [part.name for part in result.report.components] == ["text_encoder", "text_encoder_2"]
+    (unet,) = quantize(pipeline, config=DYNAMIC).report.components
+    for part in (*result.report.components, unet):
         model = getattr(pipeline, part.name)
         assert any(isinstance(module, SegLinear) for module in model.modules())
         packed = modelopt_ext.compress(copy.deepcopy(model))
         assert part.bytes_after == pytest.approx(model_bytes(packed), rel=0.01)  # predicted before anything was packed
     assert image(pipeline).isfinite().all()
-
-
-SDXL = {"progress": False}
 
 
 def test_native_checkpoint_of_flux(tmp_path: Path):
@@ -179,7 +179,7 @@ def test_a_controlnet_beside_its_unet():
 def test_onnx_of_a_pipeline_and_of_models_by_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from optimum.onnxruntime import ORTDiffusionPipeline
 
-    result = quantize(tiny_sd3_pipeline(), tmp_path / "sd3", DYNAMIC, export="onnx", progress=True)
+    result = quantize(tiny_sd3_pipeline(), tmp_path / "sd3", FAST, export="onnx", progress=True)
     loaded = ORTDiffusionPipeline.from_pretrained(tmp_path / "sd3")
     loaded.set_progress_bar_config(disable=True)
     assert (image(loaded) - image(result.pipeline)).abs().max() < 0.02
@@ -188,9 +188,11 @@ def test_onnx_of_a_pipeline_and_of_models_by_themselves(tmp_path: Path, capsys: 
     # Optimum has no ONNX form of Wan.
     video = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
     own = settings(prompts=PROMPTS[:2], steps=None, call_kwargs=video)
-    quantize(tiny_wan_pipeline(), tmp_path / "wan", DYNAMIC, calibration=own, export="tensorrt")
-    found = {path.relative_to(tmp_path / "wan").as_posix() for path in (tmp_path / "wan").rglob("*.onnx")}
-    assert found == {"transformer/model.onnx", "transformer_2/model.onnx"}
+    quantize(
+        tiny_wan_pipeline(), tmp_path / "wan", DYNAMIC, components="transformer_2", calibration=own, export="tensorrt"
+    )
+    found = [path.relative_to(tmp_path / "wan").as_posix() for path in (tmp_path / "wan").rglob("*.onnx")]
+    assert found == ["transformer_2/model.onnx"]
 
 
 @pytest.mark.slow
@@ -199,15 +201,14 @@ def test_a_trained_pipeline_keeps_its_quality(tmp_path: Path):
     colours = ("red", "green", "blue", "yellow")
     prompts = [f"a large {colour} circle above a small {other} square" for colour in colours for other in colours]
     own = CalibrationSettings(
-        prompts[::2],
-        num_inference_steps=8,
-        steps=4,
-        batch_size=8,
+        prompts[:4],
+        num_inference_steps=5,
+        steps=3,
         call_kwargs={"guidance_scale": 4.0, "max_sequence_length": 32},
     )
-    result = quantize(SHAPES / "shapes-sd3", tmp_path / "out", FAST, calibration=own, held_out=prompts[1::4])
+    result = quantize(SHAPES / "shapes-sd3", tmp_path / "out", STATIC, calibration=own, held_out=prompts[4:6])
     (part,) = result.report.components
-    assert part.sqnr > 28  # dB; with more data and the whole search 33
+    assert part.sqnr > 25  # dB; with more data and the whole search 33
     assert part.bytes_after < 0.35 * part.bytes_before
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(loaded).__name__ == "StableDiffusion3Pipeline"
@@ -265,7 +266,7 @@ def test_sampled_data_and_solved_layers_are_used_again(
     solve, solved = modelopt_ext.calibrate.driver.solve_linear, []
 
     def killed(*args: Any, **kwargs: Any) -> Any:
-        if len(solved) == 30:
+        if len(solved) == 16:
             raise KeyboardInterrupt
         solved.append(1)
         return solve(*args, **kwargs)
@@ -281,7 +282,7 @@ def test_sampled_data_and_solved_layers_are_used_again(
     with caplog.at_level(logging.INFO, logger="optimum_segquant.calibration.recording"):
         result = quantize(tiny_sd3_pipeline(), tmp_path / "out", FAST, cache_dir=tmp_path / "cache")
     assert "0 of 2 batches are to be sampled" in caplog.text
-    assert 50 <= len(solved) < 50 + 20  # the block that was begun is solved anew, the ones before it are not
+    assert 25 <= len(solved) < 25 + 16  # the block that was begun is solved anew, the ones before it are not
     assert torch.equal(image(result.pipeline), image(modelopt_compressed(expected)))
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["calibration"]
 
@@ -358,7 +359,7 @@ def test_two_processes_give_the_pipeline_of_one(tmp_path: Path):
     expected, found = alone.pipeline.transformer.state_dict(), loaded.state_dict()
     assert list(found) == list(expected)
     scales = [name for name in expected if name.endswith(("input_scale", "weight_scale", "smoothing", "shift"))]
-    assert len(scales) > 100
+    assert len(scales) > 60
     for name in scales:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
 
