@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import math
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import score_shapes
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from pictures import difference, draw_strips
+from PIL import Image
 from shapes_sampling import PIPELINE, load_pipeline, matching, sampling
 
 import modelopt_ext
@@ -94,23 +94,8 @@ def draw_comparison(
     for name, row in rows.items():
         assert row.images is not None
         strips.append((f"{name}\n{row.sqnr.overall:.1f} dB", row.images))
-        strips.append((f"difference x {gain:g}", ((row.images - reference).abs() * gain).clamp(0, 1)))
-    height, width = reference.shape[2] * zoom, reference.shape[3] * zoom
-    gap, label, header = 4, 180, 84  # pixels; the header has room for five lines
-    font = ImageFont.load_default(size=12)
-    sheet = Image.new("RGB", (label + len(prompts) * (width + gap), header + len(strips) * (height + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, prompt in enumerate(prompts):
-        text = "\n".join(textwrap.wrap(prompt, width=20)[:5])
-        pen.multiline_text((label + column * (width + gap), 4), text, fill="black", font=font)
-    for line, (name, images) in enumerate(strips):
-        top = header + line * (height + gap)
-        pen.multiline_text((4, top + 4), "\n".join(textwrap.fill(part, 25) for part in name.split("\n")), "black", font)
-        for column, image in enumerate(images[: len(prompts)]):
-            pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-            tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (label + column * (width + gap), top))
-    return sheet
+        strips.append(difference(row.images, reference, gain))
+    return draw_strips(strips, prompts, zoom)
 
 
 def format_table(full_precision: score_shapes.Score, rows: Mapping[str, tuple[Comparison, score_shapes.Score]]) -> str:
