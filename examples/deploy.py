@@ -4,9 +4,9 @@
     python examples/deploy.py --checkpoint sd35-w8a8 --pipeline stabilityai/stable-diffusion-3.5-medium
 
 writes into ``out/deploy``: ``segquant`` (the checkpoint, if none was given), ``onnx`` (for ONNX Runtime), ``tensorrt``
-(ONNX for TensorRT, checked against its rules) and ``repository`` (a model repository for Triton, where ``trtexec`` builds
-the engines); prints the ``trtexec`` command lines; makes the same images from the same seeds with full precision, the
-loaded checkpoint and both sets of graphs in ONNX Runtime, and draws them below each other in ``deploy.png``.
+(ONNX for TensorRT, checked against its rules) and ``repository`` (a model repository for Triton, where ``trtexec``
+builds the engines); prints the ``trtexec`` command lines; makes the same images from the same seeds with full
+precision, the loaded checkpoint and both sets of graphs in ONNX Runtime, and draws them in ``deploy.png``.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@
         --num-prompts 8 --call height=64 width=64 guidance_scale=4
 
 loads the pipeline in the type of its weights, samples calibration prompts as the model is meant to be used (steps,
-guidance, size), quantizes every denoiser (Wan 2.2 has two) and writes ``out/NAME-PRESET/``, whose files are then checked
-against their checksums, and ``out/NAME-PRESET.html``, a page with what was done. Image pipelines also get pairs of images
-before and after.
+guidance, size), quantizes every denoiser (Wan 2.2 has two) and writes ``out/NAME-PRESET/``, whose files are then
+checked against their checksums, and ``out/NAME-PRESET.html``, a page with what was done. Image pipelines also get pairs
+of images before and after.
 
-``--model`` takes a name of the table below, a directory or any other name on the hub. For the latter two the table's row
-of the same pipeline class says how the model is used; ``--like`` chooses where several have that class.
+``--model`` takes a name of the table below, a directory or any other name on the hub. For the latter two the table's
+row of the same pipeline class says how the model is used; ``--like`` chooses where several have that class.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def row_of(model: str) -> str:
         pipeline = DiffusionPipeline.load_config(model)["_class_name"]
     except (OSError, ValueError) as error:
         raise SystemExit(
-            f"{model} is none of {', '.join(MODELS)}, and no pipeline in a directory or on the hub that can be reached: "
-            "check the name and the network"
+            f"{model} is none of {', '.join(MODELS)}, and no pipeline in a directory or on the hub that can be "
+            "reached: check the name and the network"
         ) from error
     rows = [name for name, row in MODELS.items() if row.pipeline == pipeline]
     if len(rows) != 1:
