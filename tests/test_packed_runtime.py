@@ -1,0 +1,226 @@
+"""Packed models in use: compiled, copied, moved, offloaded, under LoRA, in CUDA graphs; on a GPU where there is one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import accelerate
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+from packed_models import jitter, packed_denoiser, plain_denoiser, quick
+from peft import LoraConfig
+from test_quantize import sqnr
+from tiny_pipelines import tiny_sd3_pipeline
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import modelopt_ext
+from modelopt_ext import PackedLinear
+from modelopt_ext.nn.alike import make_alike
+from optimum_segquant.evaluation import sample_trajectories
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = "inductor" if DEVICE == "cuda" else "eager"
+PRESETS = ("SEGQUANT_INT8_CFG", "SEGQUANT_FP8_CFG", "SEGQUANT_INT8_PER_TOKEN_CFG", "SEGQUANT_W4A8_CFG")
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+
+def placed(value: Any, device: str = DEVICE, dtype: torch.dtype = torch.float32) -> Any:
+    if isinstance(value, dict):
+        return {name: placed(item, device, dtype) for name, item in value.items()}
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    return value
+
+
+def run(model: nn.Module, seed: int = 7, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Tensor:
+    _, inputs = plain_denoiser()
+    with torch.no_grad():
+        return model(**placed(jitter(inputs, seed), device, dtype), return_dict=False)[0]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS if DEVICE == "cuda" else PRESETS[:1])
+def test_compiled_whole_without_breaks_and_once_for_all_timesteps(preset: str) -> None:
+    model = packed_denoiser(preset).to(DEVICE)
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    _, inputs = plain_denoiser()
+    call = placed(dict(inputs))
+    with torch.no_grad():
+        for timestep in (1000.0, 900.0, 500.5, 3.0):
+            changed = {**call, "timestep": torch.full_like(call["timestep"], timestep)}
+            found, expected = compiled(**changed)[0], model(**changed)[0]
+            assert sqnr(expected, found) > 25  # ties of rounding fall the other way
+    assert counter.frame_count == 1
+
+
+def test_blocks_have_the_same_tensors_in_the_same_places() -> None:
+    model = packed_denoiser("SEGQUANT_INT8_CFG")
+    places: dict[str, list[PackedLinear]] = {}
+    for block in model.transformer_blocks:
+        for name, layer in block.named_modules():
+            if isinstance(layer, PackedLinear):
+                places.setdefault(name, []).append(layer)
+    compared = 0
+    for name, layers in places.items():
+        if len({layer.spec.layout.out_groups for layer in layers}) == 1 < len(layers):
+            compared += 1
+            assert len({layer.shift is None for layer in layers}) == 1, name
+            assert len({layer.smoothing is None for layer in layers}) == 1, name
+    assert compared > 5
+
+
+def test_alike_changes_no_number() -> None:
+    def layers() -> nn.ModuleList:
+        return nn.ModuleList(
+            copy.deepcopy(layer)
+            for layer in packed_denoiser("SEGQUANT_INT8_CFG").modules()
+            if isinstance(layer, PackedLinear) and layer.spec.layout.in_segments == (32,) and layer.bias is not None
+        )
+
+    mixed = layers()
+    shifts = [layer.shift is None for layer in mixed]
+    assert len(set(shifts)) == 2, "the test needs layers with and without a shift"
+    x = torch.randn(6, 32)
+    before = [layer(x) for layer in mixed]
+    groups: dict[Any, list[PackedLinear]] = {}
+    for layer in mixed:
+        groups.setdefault(layer.spec.layout.out_groups, []).append(layer)
+    for same in groups.values():
+        make_alike(nn.ModuleList(nn.ModuleList([layer]) for layer in same))
+        assert len({layer.spec.shift for layer in same}) == 1
+    assert all(torch.equal(a, layer(x)) for a, layer in zip(before, mixed, strict=True))
+
+
+@pytest.mark.parametrize("preset", PRESETS[:2])
+def test_copies_moves_and_state_dicts(preset: str) -> None:
+    model = packed_denoiser(preset).to(DEVICE)
+    expected = run(model)
+    assert torch.equal(run(copy.deepcopy(model)), expected)
+    other = packed_denoiser(preset).to(DEVICE)
+    for tensor in (*other.parameters(), *other.buffers()):
+        tensor.data.zero_()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(run(other), expected)
+    assert torch.equal(run(model.to("cpu").to(DEVICE)), expected)
+
+
+@pytest.mark.parametrize("way", ["cpu_offload", "sequential", "group", "device_map"])
+def test_offloading_gives_the_same_numbers(way: str) -> None:
+    model = packed_denoiser("SEGQUANT_INT8_CFG")
+    expected = run(model.to(DEVICE))
+    model.to("cpu")
+    if way == "cpu_offload":
+        model, _ = accelerate.cpu_offload_with_hook(model, torch.device(DEVICE))
+    elif way == "sequential":
+        accelerate.cpu_offload(model, torch.device(DEVICE), offload_buffers=True)
+    elif way == "group":
+        if DEVICE == "cpu":
+            pytest.skip("diffusers' group offloading needs a GPU")
+        model.enable_group_offload(onload_device=torch.device(DEVICE), offload_type="leaf_level")
+    else:
+        names = {name: DEVICE for name, _ in model.named_children()}
+        accelerate.dispatch_model(model, {**names, "transformer_blocks": "cpu"}, main_device=DEVICE, force_hooks=True)
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.slow
+def test_lora_adapters_sit_on_top_of_a_compiled_model() -> None:
+    model = packed_denoiser("SEGQUANT_INT8_CFG").to(DEVICE)
+    plain = run(model)
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_out.0"]))
+    adapted = run(model)
+    assert sqnr(plain, adapted) < 60  # the adapter does something
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    assert sqnr(adapted, run(compiled)) > 25
+    model.disable_adapters()
+    assert torch.equal(run(model), plain)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("preset", [*PRESETS, "SEGQUANT_W4A8_GROUP_CFG", "SEGQUANT_W8A16_CFG", "SEGQUANT_INT8_SVD_CFG"])
+def test_a_gpu_gives_a_cpus_numbers_layer_by_layer(preset: str, dtype: torch.dtype) -> None:
+    model = packed_denoiser(preset).to(dtype)
+    seen: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
+        for name, layer in model.named_modules()
+        if isinstance(layer, PackedLinear)
+    ]
+    run(model, dtype=dtype, device="cpu")
+    for handle in handles:
+        handle.remove()
+    for name, inputs in seen.items():
+        layer = model.get_submodule(name)
+        with torch.no_grad():
+            expected = layer(inputs)
+            found = layer.to("cuda")(inputs.cuda()).cpu()
+        # The outputs' own rounding (8 or 11 bits), that of parts, and a tie here and there.
+        assert sqnr(expected.float(), found.float()) > 40, name
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cuda_graphs(preset: str) -> None:
+    model = packed_denoiser(preset).to("cuda", torch.bfloat16)
+    _, inputs = plain_denoiser()
+    call = placed(jitter(inputs, 7), "cuda", torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(3):
+            model(**call)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(**call)[0]
+        call["hidden_states"].mul_(0.5)
+        graph.replay()
+        assert torch.equal(captured, model(**call)[0])
+        reduced = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+        assert sqnr(captured.float(), reduced(**call)[0].float()) > 20
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_pipeline_with_model_offload() -> None:
+    pipe = tiny_sd3_pipeline()
+    prompts = sample_trajectories(pipe, ["a red circle"] * 4, num_inference_steps=4)
+    modelopt_ext.compress(mtq.quantize(pipe.transformer, quick("SEGQUANT_INT8_CFG"), prompts.forward_loop))
+
+    def picture() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        call = pipe("a red circle", num_inference_steps=2, height=16, width=16, output_type="pt", generator=generator)
+        return call.images.cpu()
+
+    pipe.to("cuda")
+    expected = picture()
+    pipe.to("cpu")
+    pipe.enable_model_cpu_offload()
+    assert torch.equal(picture(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_device_map_over_two_gpus() -> None:
+    model = packed_denoiser("SEGQUANT_INT8_CFG")
+    expected = run(copy.deepcopy(model).to("cuda"))
+    names = {name: 0 for name, _ in model.named_children()}
+    del names["transformer_blocks"]
+    blocks = {f"transformer_blocks.{i}": i % 2 for i in range(len(model.transformer_blocks))}
+    accelerate.dispatch_model(model, {**names, **blocks})
+    assert {p.device.index for p in model.parameters()} == {0, 1}
+    assert torch.equal(run(model).to("cuda:0"), expected)
