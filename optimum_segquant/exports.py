@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -114,7 +115,8 @@ def write_export(
 
     Args:
         model: pipeline or single model.
-        components: its quantized models by name; packed in place for ``segquant``.
+        components: its quantized models by name; packed in place for ``segquant``. Models that accelerate offloads or
+            has spread over devices lose its hooks, and their weights come back to where they were loaded to.
         calls: recorded calls by component, whose first one an ONNX export of a single model is traced with.
         directory: empty.
         export: its form.
@@ -124,6 +126,8 @@ def write_export(
         ValueError: a layer has what the form can't say, or a single model's inputs are not known.
         OSError: the disk is full.
     """
+    for name, part in components.items():
+        _take_off_hooks(name, part)
     if export in ("onnx", "tensorrt"):
         _write_onnx(
             model, components, calls, directory, "tensorrt" if export == "tensorrt" else "onnxruntime", progress
@@ -139,6 +143,15 @@ def write_export(
             export_native(model, directory)
         else:
             save_segquant(model, directory)
+
+
+def _take_off_hooks(name: str, model: nn.Module) -> None:
+    """Take accelerate's hooks off, whose weights nothing can be packed from."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(model, recurse=True)
+        logger.info("accelerate's hooks were taken off %s for its export", name)
 
 
 def _write_onnx(
@@ -183,6 +196,7 @@ def _check_space(target: Path, modules: Mapping[str, nn.Module], components: Map
     free = shutil.disk_usage(existing).free
     if free < least:
         raise OSError(
+            errno.ENOSPC,
             f"the disk of {target} has {free / 2**30:.1f} GiB free, and the quantized models take at least "
-            f"{least / 2**30:.1f}: free some, or save to another disk"
+            f"{least / 2**30:.1f}: free some, or save to another disk",
         )

@@ -184,8 +184,9 @@ class SegQuantizer(OptimumQuantizer):
         self._check(configs, save_dir, export)
         has_pipeline = not isinstance(self.model, nn.Module)
         source = calibration_source(calibration, tuple(self.components), has_pipeline=has_pipeline)
+        like = source.settings if isinstance(source, CalibrationData) else source
         unseen = held_out_settings(
-            held_out, source if isinstance(source, CalibrationSettings) else None, has_pipeline=has_pipeline
+            held_out, like if isinstance(like, CalibrationSettings) else None, has_pipeline=has_pipeline
         )
         folder = None if cache_dir is None else Path(cache_dir).expanduser()
         _, world_size = join_processes()

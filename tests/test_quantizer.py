@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from optimum.quantization_base import OptimumQuantizer
 from processes import in_processes
@@ -326,6 +327,25 @@ def test_too_small_a_disk_is_refused_before_any_work(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match=r"GiB free, and the quantized models take at least .*: free some, or save to"):
         quantize(pipeline, tmp_path / "out", DYNAMIC)
     assert not quantized_layers(pipeline.transformer)
+
+
+def test_offloaded_models(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """As accelerate leaves them: weights on the meta device, fetched layer by layer."""
+    expected = record_calibration(tiny_sd3_pipeline(), settings(), cache_dir=tmp_path / "cache", progress=False)
+    pipeline = tiny_sd3_pipeline()
+    cpu_offload(pipeline.transformer, execution_device=torch.device("cpu"))
+    assert pipeline.transformer.proj_out.weight.is_meta
+    data = record_calibration(pipeline, settings(), cache_dir=tmp_path / "cache", progress=False)
+    assert (data.sampled, data.reused) == (0, 2)  # it is known by its weights, wherever they are
+    quantizer = SegQuantizer(pipeline)
+    own = {"calibration": data, "progress": False}
+    with caplog.at_level(logging.WARNING):
+        result = quantizer.quantize(tmp_path / "out", FAST, held_out=PROMPTS[:1], **own)
+    assert "1 held-out prompts are calibrated on, too" in caplog.text
+    assert 30 < result.report.components[0].sqnr < 70
+    assert not pipeline.transformer.proj_out.weight.is_meta
+    loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "out" / "transformer").eval()
+    assert 30 < velocity_sqnr(loaded, expected["transformer"]).overall < 70
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

@@ -159,8 +159,8 @@ def _resolved(settings: CalibrationSettings, pipeline: Any) -> CalibrationSettin
     settings.kept_steps(0, total)
     if settings.world_size > settings.num_batches:
         raise ValueError(
-            f"{settings.num_batches} batches of prompts can't be shared out to {settings.world_size} processes: give "
-            "more prompts, a smaller batch_size, or start fewer processes"
+            f"{settings.world_size} processes can't share {settings.num_batches} batches of prompts: give more "
+            "prompts, a smaller batch_size, or start fewer processes"
         )
     return dataclasses.replace(settings, num_inference_steps=total)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from .prompts import held_out_prompts, read_prompts
 from .settings import CalibrationSettings
 
 __all__ = ["ForwardLoop", "Runnable", "calibration_source", "forward_loop_of", "held_out_settings"]
+
+logger = logging.getLogger(__name__)
 
 ForwardLoop = Callable[[nn.Module], object]
 """Runs a model on calibration data, as ModelOpt takes it."""
@@ -86,6 +89,8 @@ def held_out_settings(
             f"{', '.join(like.per_prompt_kwargs)} has one value a prompt: give held_out as CalibrationSettings, with "
             "values of its own"
         )
+    if known := set(prompts) & set(like.prompts):
+        logger.warning("%d held-out prompts are calibrated on, too: give others to see what unseen ones do", len(known))
     return dataclasses.replace(like, prompts=prompts, seed=like.seed + len(like.prompts))
 
 
