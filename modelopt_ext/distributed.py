@@ -87,14 +87,14 @@ class Processes:
         if size == 1:
             yield cls()
             return
-        logger.info("segquant: waiting for all %d processes to call mtq.quantize", size)
+        logger.info("segquant: waiting for all %d processes to come here", size)
         try:
             # Made by all together or by none. It stays until the end: others may still be connecting.
             meeting = dist.new_group(timeout=MEETING_TIMEOUT, backend="gloo")
         except RuntimeError as error:
             raise RuntimeError(
-                f"a process group of {size} is initialized, but not all of its processes called mtq.quantize within "
-                f"{MEETING_TIMEOUT.total_seconds() / 60:g} minutes; call it in every process, or set "
+                f"a process group of {size} is initialized, but not all of its processes came to calibrate within "
+                f"{MEETING_TIMEOUT.total_seconds() / 60:g} minutes; call mtq.quantize in every process, or set "
                 "distributed_sync=False in the algorithm's config to calibrate in this process alone"
             ) from error
         group = dist.new_group(timeout=WORKING_TIMEOUT, backend="gloo")
@@ -117,7 +117,7 @@ class Processes:
         Nothing inside may be collective.
 
         Raises:
-            ValueError: names the process that failed and repeats its message.
+            ValueError: names the process that failed and repeats its message; an error that all have stays what it is.
         """
         failure: BaseException | None = None
         try:
@@ -130,8 +130,8 @@ class Processes:
             return
         messages = self.gather(None if failure is None else _message(failure))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
-        if failure is not None and not isinstance(failure, Exception):
-            raise failure  # an interrupt or an exit stays one
+        if failure is not None and (not isinstance(failure, Exception) or len(set(messages)) == 1):
+            raise failure  # an interrupt or an exit stays one, and so does what all have met alike
         if failed:
             also = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
             raise ValueError(f"rank {failed[0]}{also} of {self.size} failed: {messages[failed[0]]}") from failure
@@ -158,7 +158,8 @@ class Processes:
         content: list[Any] = [None]
         with _contact():
             dist.recv_object_list(content, sender, group=self.group)
-            buffer = content[0].empty_buffer()
+        buffer = content[0].empty_buffer()
+        with _contact():
             if len(buffer):
                 dist.recv(buffer, sender, group=self.group)
         return content[0].unpacked(buffer)
@@ -172,8 +173,9 @@ class Processes:
             content[0], buffer = _packed(value)
         with _contact():
             dist.broadcast_object_list(content, sender, group=self.group)
-            if self.rank != sender:
-                buffer = content[0].empty_buffer()
+        if self.rank != sender:
+            buffer = content[0].empty_buffer()
+        with _contact():
             if len(buffer):
                 dist.broadcast(buffer, sender, group=self.group)
         return content[0].unpacked(buffer)

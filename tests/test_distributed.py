@@ -351,7 +351,7 @@ def test_a_process_that_does_not_come_is_named_as_the_reason(monkeypatch: pytest
         return None
 
     found, seconds, as_it_was = in_processes(half)[0]
-    assert found.startswith("RuntimeError: a process group of 2 is initialized, but not all of its processes called")
+    assert found.startswith("RuntimeError: a process group of 2 is initialized, but not all of its processes came")
     assert "distributed_sync=False" in found
     assert seconds < 10
     assert as_it_was
@@ -360,6 +360,13 @@ def test_a_process_that_does_not_come_is_named_as_the_reason(monkeypatch: pytest
 def test_no_data_anywhere_is_refused():
     results = in_processes(lambda: failing(W4A4, lambda model: None))
     assert_all_failed(results, "ValueError: forward_loop never ran a quantized Linear of the model")
+
+
+def test_an_error_in_all_processes_stays_what_it_is():
+    config = changed(W4A4, exclude=["nothing.*"])
+    for message, _, as_it_was in in_processes(lambda: failing(config, loop(2, of_chain))):
+        assert message.startswith("ValueError: exclude: 'nothing.*' matches no quantized Linear")
+        assert as_it_was
 
 
 def other_weights() -> Any:

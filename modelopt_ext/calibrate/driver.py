@@ -152,10 +152,11 @@ def _calibrate(
         parts = _parts_of(model, config)
         if config.is_sequential and forward_loop is None:
             raise ValueError("sequential calibration needs data: pass forward_loop, or leave sequential=False")
+        agreement = None
         if processes.size > 1:
             check_mergeable(parts.others)
             agreement = Agreement.of(model, config, forward_loop is None, previous_plan)
-    if processes.size > 1:
+    if agreement is not None:
         agreement.check(processes)
     calls = RecordedCalls(model, parts.modules, positions) if config.is_sequential else None
     observed = _observe(model, parts, config, forward_loop, previous_plan, calls, positions, processes)
@@ -735,12 +736,14 @@ def _first_plan(
 
 
 def _warn_of_unshared_data(statistics: Mapping[str, LinearStatistics], processes: Processes) -> None:
+    if processes.size == 1:
+        return
     numbers = {
         name: (seen.rows_seen, seen.range.high.double().sum().item(), seen.range.low.double().sum().item())
         for name, seen in statistics.items()
     }
     found = processes.gather(numbers)
-    if len(found) > 1 and all(other == found[0] for other in found):
+    if all(other == found[0] for other in found):
         logger.warning(
             "segquant: all %d processes read the same calibration data. Give each its share: for batch in "
             "modelopt_ext.distributed.share(batches)",
