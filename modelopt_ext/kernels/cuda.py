@@ -21,10 +21,15 @@ FP8_MULTIPLE = 16
 NARROWEST_TILE = 16
 
 
+# What is asked while a model is compiled is asked of plain functions: the compiler looks into cached ones.
 @torch.compiler.assume_constant_result
-@cache
 def has_triton() -> bool:
     """Whether the Triton kernels can be used; registers their operator."""
+    return _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
     try:
         from . import triton_gemm  # noqa: F401
     except ImportError:
@@ -34,9 +39,13 @@ def has_triton() -> bool:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def fp8_fits(device: int, rows: int, channels: int) -> bool:
     """Whether ``torch._scaled_mm`` multiplies by a weight (rows, channels) of E4M3 codes on that device."""
+    return _fp8_fits(device, rows, channels)
+
+
+@cache
+def _fp8_fits(device: int, rows: int, channels: int) -> bool:
     if rows % FP8_MULTIPLE or channels % FP8_MULTIPLE:
         logger.warning(
             "segquant: a %d x %d E4M3 weight is no multiple of %d; using the slow reference product",

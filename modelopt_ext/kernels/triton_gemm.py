@@ -337,15 +337,20 @@ def _tma_fits(start: int, out_row: int, *operands: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _has_descriptors(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return _properties(device)[0]
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _properties(device)[1]
+
+
+@cache
+def _properties(device: torch.device) -> tuple[bool, int]:
+    """Whether a GPU has tensor descriptors, and how many multiprocessors."""
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor) >= (9, 0), properties.multi_processor_count
 
 
 @torch.library.triton_op("segquant::code_gemm", mutates_args={})
