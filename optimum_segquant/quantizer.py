@@ -164,7 +164,8 @@ class SegQuantizer(OptimumQuantizer):
             calibration: what to calibrate on: :class:`CalibrationSettings`; prompts in any form that ``read_prompts``
                 takes (a list, a file, a dataset); recorded calls or a ``forward_loop`` for a single component, or one
                 for each by name; None for the package's prompts. A model without a pipeline takes recorded calls or a
-                loop only, and None where its config needs no data.
+                loop only, and None where its config needs no data. Of several processes each takes its share of prompts
+                by itself; calls and loops have to be the share already (:func:`.calibration.distributed.split`).
             export: what ``save_dir`` is for, see :data:`ExportFormat`.
             cache_dir: where sampled data and solved layers are kept, for a run that is killed or repeated.
             overwrite: sample again if ``cache_dir`` holds data of something else, instead of refusing it.
@@ -181,35 +182,31 @@ class SegQuantizer(OptimumQuantizer):
             OSError: the disk is full; what is in ``save_dir`` and ``cache_dir`` is kept.
         """
         configs = self._configs(config)
-        self._check(configs, save_dir, export)
-        has_pipeline = not isinstance(self.model, nn.Module)
-        source = calibration_source(calibration, tuple(self.components), has_pipeline=has_pipeline)
-        like = source.settings if isinstance(source, CalibrationData) else source
-        unseen = held_out_settings(
-            held_out, like if isinstance(like, CalibrationSettings) else None, has_pipeline=has_pipeline
-        )
         folder = None if cache_dir is None else Path(cache_dir).expanduser()
+        self._check(configs, save_dir, export, folder)
+        source = calibration_source(calibration, tuple(self.components), has_pipeline=self._has_pipeline)
+        unseen = held_out_settings(held_out, _settings_of(source), has_pipeline=self._has_pipeline)
         _, world_size = join_processes()
         # Other algorithms than SegQuant's do not merge what processes saw: then each calibrates on all of the data.
         together = all(is_segquant(named.config) for named in configs.values())
+        sampling = _Sampling(self, folder, overwrite, progress)
         with Processes.meeting() as processes:
             progress = progress and processes.is_main
             with _timed(self._seconds, "sample"):
-                self._data = self._sample(source, folder, overwrite, progress, processes, together)
+                self._data = sampling.calibration(source, processes, share=together)
             held = None
             if unseen is not None:
-                with _timed(self._seconds, "sample held-out"), processes.together():
-                    if processes.is_main:
-                        held = self._record(unseen, folder, _HELD_OUT, overwrite, progress)
-            counts = {name: _counts(data, processes if together else Processes()) for name, data in self._items()}
+                with _timed(self._seconds, "sample held-out"):
+                    held = sampling.held_out(unseen, processes)
+            data: dict[str, Runnable | None] = {n: self._data[n] if self._data else None for n in self.components}
+            counts = {name: _counts(one, processes if together else Processes()) for name, one in data.items()}
         parts = []
         with _timed(self._seconds, "quantize"):
             for name, model in self.components.items():
                 changes: dict[str, Any] = {"progress": progress, "distributed_sync": together}
                 if folder is not None:
                     changes["layerwise"] = {"enable": True, "checkpoint_dir": str(_solved(folder, name, configs[name]))}
-                data = None if self._data is None else self._data[name]
-                parts.append(_quantize(name, model, configs[name], changes, data, counts.get(name)))
+                parts.append(_quantize(name, model, configs[name], changes, data[name], counts[name]))
         if held is not None:
             with _timed(self._seconds, "evaluate"):
                 parts = [_measured(part, self.components[part.name], held[part.name]) for part in parts]
@@ -272,6 +269,10 @@ class SegQuantizer(OptimumQuantizer):
         self.report = report
         return Path(save_dir)
 
+    @property
+    def _has_pipeline(self) -> bool:
+        return not isinstance(self.model, nn.Module)
+
     # -- checks before any work ---------------------------------------------------------------------------------------
 
     def _configs(self, config: ConfigSource | Mapping[str, ConfigSource]) -> dict[str, NamedConfig]:
@@ -293,6 +294,7 @@ class SegQuantizer(OptimumQuantizer):
         configs: Mapping[str, NamedConfig],
         save_dir: str | os.PathLike[str] | None,
         export: ExportFormat | None,
+        folder: Path | None,
     ) -> None:
         for name, model in self.components.items():
             if quantized_layers(model):
@@ -305,52 +307,81 @@ class SegQuantizer(OptimumQuantizer):
             return
         if export is None:
             raise ValueError("save_dir is given but export is None: say what the directory is for, or leave it out")
+        directory = Path(save_dir).expanduser().resolve()
+        if folder is not None and (directory == folder.resolve() or directory in folder.resolve().parents):
+            raise ValueError(f"cache_dir {folder} is in save_dir, which is replaced as a whole: give another folder")
         check_export(self.model, self.components, save_dir, export)
         for name in self.components:
             check_config(name, configs[name], export)
 
-    # -- sampling -----------------------------------------------------------------------------------------------------
 
-    def _sample(
-        self,
-        source: CalibrationSettings | Mapping[str, Runnable] | None,
-        folder: Path | None,
-        overwrite: bool,
-        progress: bool,
-        processes: Processes,
-        together: bool,
+class _Sampling:
+    """Samples what a quantizer needs, in one or several processes.
+
+    Args:
+        quantizer: with the pipeline and the components to record.
+        folder: to keep the data in; None for temporary ones.
+        overwrite: replace data of something else there.
+        progress: show bars, in the first process.
+    """
+
+    def __init__(self, quantizer: SegQuantizer, folder: Path | None, overwrite: bool, progress: bool) -> None:
+        self._pipeline = quantizer.model
+        self._components = tuple(quantizer.components)
+        self._folder = folder
+        self._overwrite = overwrite
+        self._progress = progress
+
+    def calibration(
+        self, source: CalibrationSettings | Mapping[str, Runnable] | None, processes: Processes, *, share: bool
     ) -> Mapping[str, Runnable] | None:
-        """What to run for each component; sampled if it has to be, by each process its share."""
+        """What to run for each component; sampled if it has to be.
+
+        Args:
+            source: what the caller gave.
+            processes: those that sample.
+            share: whether each of them samples a share.
+        """
         if not isinstance(source, CalibrationSettings):
             return source
-        if together and source.world_size == 1:
+        if share and source.world_size == 1:
             source = source.share(processes.rank, processes.size)
-        if folder is not None and processes.size > 1:
+        overwrite = self._overwrite
+        if self._folder is not None and processes.size > 1:
             with processes.together():  # one of them makes the folder, or replaces what is there
                 if processes.is_main:
-                    open_cache(self.model, source, folder / _CALIBRATION, overwrite=overwrite)
+                    open_cache(self._pipeline, source, self._folder / _CALIBRATION, overwrite=overwrite)
             overwrite = False
         with processes.together():
-            return self._record(source, folder, _CALIBRATION, overwrite, progress)
+            return self._record(source, _CALIBRATION, overwrite, self._progress and processes.is_main)
 
-    def _record(
-        self, settings: CalibrationSettings, folder: Path | None, name: str, overwrite: bool, progress: bool
-    ) -> CalibrationData:
+    def held_out(self, settings: CalibrationSettings, processes: Processes) -> CalibrationData | None:
+        """Held-out data, in the first process, which alone measures."""
+        with processes.together():
+            if not processes.is_main:
+                return None
+            return self._record(settings, _HELD_OUT, self._overwrite, self._progress)
+
+    def _record(self, settings: CalibrationSettings, name: str, overwrite: bool, progress: bool) -> CalibrationData:
         return record_calibration(
-            self.model,
+            self._pipeline,
             settings,
-            components=tuple(self.components),
-            cache_dir=None if folder is None else folder / name,
+            components=self._components,
+            cache_dir=None if self._folder is None else self._folder / name,
             overwrite=overwrite,
             progress=progress,
         )
 
-    def _items(self) -> list[tuple[str, Runnable]]:
-        return [] if self._data is None else [(name, self._data[name]) for name in self.components]
+
+def _settings_of(source: Any) -> CalibrationSettings | None:
+    """The settings of calibration data, None where nobody knows them."""
+    if isinstance(source, CalibrationData):
+        return source.settings
+    return source if isinstance(source, CalibrationSettings) else None
 
 
-def _counts(data: Runnable, processes: Processes) -> tuple[int, int] | None:
-    """Calls and distinct timesteps of all processes; None for a loop."""
+def _counts(data: Runnable | None, processes: Processes) -> tuple[int, int] | None:
+    """Calls and distinct timesteps of all processes; None for a loop or without data."""
     if not isinstance(data, RecordedCalls):
         return None
     shares = processes.gather((len(data), data.timesteps))

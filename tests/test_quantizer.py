@@ -415,6 +415,11 @@ def untouched() -> Any:
             ValueError,
             r"SEGQUANT_CFG for transformer: native checkpoints can't hold .*polarity='auto'.*native_int8_per_token",
         ),
+        (
+            {"save_dir": "out", "cache_dir": "out/cache"},
+            ValueError,
+            "cache_dir out/cache is in save_dir, which is repl",
+        ),
         ({"save_dir": __file__}, NotADirectoryError, "is a file: give the name of a directory to save to"),
         ({"save_dir": Path(__file__).parent}, FileExistsError, "but no model .* save to an empty or new directory"),
         ({"calibration": settings(steps=[9])}, ValueError, r"steps must be indices from 0 to 3, got \[9\]"),
