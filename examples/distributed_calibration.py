@@ -44,25 +44,27 @@ class Run:
         denoiser: quantized.
         calls: that this process ran.
         sampling, calibration: seconds until the last process had finished.
+        busiest: CPU seconds of the process that had the most to do: the time that this takes on an idle machine.
     """
 
     denoiser: nn.Module
     calls: int
     sampling: float
     calibration: float
+    busiest: float
 
 
 def run(pipeline: Any, settings: CalibrationSettings, config: dict[str, Any], processes: Processes) -> Run:
     """Sample and calibrate; every process of ``processes`` does it, with its share in ``settings``."""
     denoiser = copy.deepcopy(pipeline.transformer)
     processes.gather(None)  # all start at once
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     data = record_calibration(pipeline, settings, progress=False)["transformer"]
     processes.gather(None)
     sampled = time.perf_counter()
     mtq.quantize(denoiser, config, data.forward_loop)
-    processes.gather(None)
-    return Run(denoiser, len(data), sampled - start, time.perf_counter() - sampled)
+    busiest = max(processes.gather(time.process_time() - cpu))
+    return Run(denoiser, len(data), sampled - start, time.perf_counter() - sampled, busiest)
 
 
 def checksum(model: nn.Module) -> int:
@@ -133,11 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config["algorithm"]["distributed_sync"] = False
             alone = run(pipeline, settings, config, Processes())
             print(f"{options.config}, {len(settings.prompts)} prompts, {torch.get_num_threads()} thread(s) a process")
-            print("| processes | calls of each | sampling, s | calibration, s | in all, s |\n|---|---|---|---|---|")
+            print(
+                "| processes | calls of each | sampling, s | calibration, s | in all, s | CPU time of the busiest, s |"
+            )
+            print("|---|---|---|---|---|---|")
             for count, of_each, done in ((1, [alone.calls], alone), (size, calls, together)):
                 seconds = done.sampling + done.calibration
                 shares = ", ".join(map(str, of_each))
-                print(f"| {count} | {shares} | {done.sampling:.1f} | {done.calibration:.1f} | {seconds:.1f} |")
+                print(
+                    f"| {count} | {shares} | {done.sampling:.1f} | {done.calibration:.1f} | {seconds:.1f} "
+                    f"| {done.busiest:.1f} |"
+                )
             different = differences(alone.denoiser, together.denoiser)
             total = len(alone.denoiser.state_dict())
             print(f"{len(set(checksums))} different model(s) in {size} process(es).")
