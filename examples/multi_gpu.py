@@ -43,6 +43,7 @@ def packed(device: torch.device, tiny: bool, way: str) -> tuple[Any, Call]:
 @torch.no_grad()
 def step(model: nn.Module, call: Call, device: torch.device) -> tuple[Tensor, float]:
     """The output, and milliseconds of a step."""
+    call = {**call, "return_dict": False}  # what diffusers' context parallelism can gather
     output = model(**call)[0]
     return output, milliseconds(lambda _: model(**call), device, at_once=STEPS_AT_ONCE)
 
@@ -56,19 +57,20 @@ def context_parallel(options: argparse.Namespace) -> None:
     """One process a GPU; every one keeps the whole model."""
     from diffusers import ContextParallelConfig
 
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
+    rank, count, cuda = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), options.device == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device(options.device)
+    if cuda:
+        torch.cuda.set_device(device)
     model, call = packed(device, options.tiny, options.way)
-    model.set_attention_backend("_native_cudnn")
+    model.set_attention_backend("_native_cudnn" if cuda else "native")
     alone, alone_ms = step(model, call, device)
-    dist.init_process_group("nccl", device_id=device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count))
     together, together_ms = step(model, call, device)
     if rank == 0:
         print(
-            f"{torch.cuda.get_device_name()}, {options.way}, eager: one GPU {alone_ms:.1f} ms, {count} GPUs "
-            f"{together_ms:.1f} ms a step, outputs differ by {compare(alone, together):.2%}",
+            f"{torch.cuda.get_device_name() if cuda else 'CPU'}, {options.way}, eager: one process {alone_ms:.1f} ms, "
+            f"{count} processes {together_ms:.1f} ms a step, outputs differ by {compare(alone, together):.2%}",
             flush=True,
         )
     dist.destroy_process_group()
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device-map", action="store_true", help="spread the blocks instead of the tokens")
-    parser.add_argument("--device", default="cuda", help="with --device-map: where inputs are")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
     parser.add_argument("--way", default="int8", choices=list(CONFIGS), help="the format")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
     options = parser.parse_args(arguments)
