@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["GROUPS", "choose_components", "denoisers_of", "modules_of"]
+__all__ = ["GROUPS", "choose_components", "denoisers_of", "family_of", "modules_of"]
 
 GROUPS = {
     "denoiser": re.compile(r"(transformer|unet|prior|decoder)(_\d+)?"),
@@ -33,6 +33,11 @@ def modules_of(pipeline: Any) -> dict[str, nn.Module]:
 def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     """The models that a pipeline calls at every timestep: ``transformer``, ``transformer_2``, ``unet``, ..."""
     return {name: part for name, part in modules_of(pipeline).items() if GROUPS["denoiser"].fullmatch(name)}
+
+
+def family_of(name: str) -> str:
+    """A component's name without its number: ``transformer`` and ``transformer_2`` work on one trajectory."""
+    return re.sub(r"_\d+$", "", name)
 
 
 def choose_components(pipeline: Any, names: str | Sequence[str] | None = None) -> dict[str, nn.Module]:

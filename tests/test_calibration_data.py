@@ -17,7 +17,12 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UniPCMultistepScheduler,
+)
 from modelopt.torch.quantization.nn import TensorQuantizer
 from tiny_pipelines import (
     tiny_controlnet_pipeline,
@@ -178,6 +183,23 @@ def test_two_denoisers_of_one_trajectory_share_its_steps():
         record(tiny_wan_pipeline(), settings(prompts=PROMPTS[:2], steps=(0, 1), call_kwargs=video))
 
 
+class TwoStages:
+    """A prior and a decoder, each with denoising steps of its own, in one pipeline."""
+
+    def __init__(self) -> None:
+        self.stages = tiny_sd3_pipeline(seed=0), tiny_sd3_pipeline(seed=1)
+        self.components = dict(zip(("prior", "decoder"), (stage.transformer for stage in self.stages), strict=True))
+
+    def __call__(self, prompt: list[str], num_inference_steps: int, **kwargs: Any) -> Any:
+        return [stage(prompt=prompt, num_inference_steps=num_inference_steps, **kwargs) for stage in self.stages][-1]
+
+
+def test_denoisers_of_separate_trajectories_have_steps_of_their_own():
+    data = record(TwoStages(), settings(prompts=PROMPTS[:2], steps=2))
+    assert sorted(data) == ["decoder", "prior"]
+    assert [call.step for call in data["prior"]] == [call.step for call in data["decoder"]] == [0, 5]
+
+
 def test_flux_calls_are_bounded():
     use = {"height": 16, "width": 16, "max_sequence_length": 16, "true_cfg_scale": 3.0, "negative_prompt": ""}
     data = record(tiny_flux_pipeline(), settings(call_kwargs=use, max_calls=7, steps=None))
@@ -315,7 +337,7 @@ def test_damage_is_found_and_mended_by_sampling_that_batch_again(tmp_path: Path)
         record(pipeline, settings(steps=2), cache_dir=tmp_path)["transformer"].forward_loop(pipeline.transformer)
     path.write_bytes(content[:-9])
     with pytest.raises(DamagedFilesError, match=r"is truncated or altered \(\d+ of \d+ bytes\)"):
-        list(record(pipeline, settings(steps=2), cache_dir=tmp_path)["transformer"])
+        record(pipeline, settings(steps=2), cache_dir=tmp_path)  # seen before anything is sampled or read
     path.unlink()
     again = record(pipeline, settings(steps=2), cache_dir=tmp_path)
     assert (again.sampled, again.reused) == (1, 2)
@@ -347,6 +369,8 @@ def test_a_full_disk_costs_nothing_that_was_complete(tmp_path: Path, monkeypatch
     ):
         record(pipeline, cache_dir=tmp_path)
     assert not list(tmp_path.rglob("*.partial"))
+    with pytest.raises(OSError, match=r"of transformer was written .*: give a cache_dir on a disk with more room"):
+        record(pipeline)
     monkeypatch.undo()
     steps = count_calls(pipeline.transformer)
     data = record(pipeline, cache_dir=tmp_path)
@@ -393,6 +417,10 @@ def test_processes_fill_one_folder_with_the_data_of_one(tmp_path: Path, recorded
         for rank in (0, 1)
     ]
     assert [[call.batch for call in data["transformer"]] for data in shares] == [[0] * 3 + [2] * 3, [1] * 3]
+    with pytest.raises(ValueError, match="max_calls=1 leaves none for process 1 of 2: raise it"):
+        record(tiny_sd3_pipeline(), settings(max_calls=1).share(1, 2))
+    with pytest.raises(ValueError, match="9 processes can't share 3 batches of prompts: give more prompts"):
+        record(tiny_sd3_pipeline(), settings().share(0, 9))
     whole = record(tiny_sd3_pipeline(), cache_dir=tmp_path)
     assert whole.reused == 3
     assert same_calls(whole["transformer"], recorded[0]["transformer"])

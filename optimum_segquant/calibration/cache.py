@@ -58,8 +58,11 @@ class Shard:
     sha256: str
     timesteps: tuple[float, ...]
 
-    def check(self) -> None:
-        """Compare the file with its checksum.
+    def check(self, *, content: bool = True) -> None:
+        """Compare the file with what is known of it.
+
+        Args:
+            content: its checksum, too, for which it is read; else its size.
 
         Raises:
             DamagedFilesError: it is missing, truncated or altered.
@@ -69,7 +72,7 @@ class Shard:
             problem = "missing"
         elif self.path.stat().st_size != self.size:
             problem = f"truncated or altered ({self.path.stat().st_size} of {self.size} bytes)"
-        elif sha256_of(self.path) != self.sha256:
+        elif content and sha256_of(self.path) != self.sha256:
             problem = "altered (its checksum differs)"
         if problem is not None:
             raise DamagedFilesError(
@@ -130,6 +133,10 @@ class CachedCalls(RecordedCalls):
 class CalibrationCache:
     """The folder of one calibration.
 
+    Attributes:
+        folder: where it is.
+        is_temporary: whether it is gone with the process, for what a full disk says.
+
     Args:
         folder: made if it does not exist.
         identity: what the data belongs to, plain types.
@@ -144,6 +151,7 @@ class CalibrationCache:
 
     def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.folder = Path(folder).expanduser()
+        self.is_temporary = False
         wanted = json.loads(json.dumps({"format": _FORMAT, "version": _VERSION, **identity}))
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is a file: give a folder for calibration data")
@@ -196,10 +204,10 @@ class CalibrationCache:
         path.parent.mkdir(exist_ok=True)
         for left_by_a_kill in path.parent.glob(f"{path.stem}.*.partial"):
             left_by_a_kill.unlink()
-        with full_disk_named(
-            f"batch {batch} of {component} was written to {self.folder}",
-            "free some, or move the folder to another disk, and start again; the batches before it are kept",
-        ):
+        remedy = "free some, or move the folder to another disk, and start again; the batches before it are kept"
+        if self.is_temporary:
+            remedy = "give a cache_dir on a disk with more room"
+        with full_disk_named(f"batch {batch} of {component} was written to {self.folder}", remedy):
             with replaced_file(path) as partial:
                 write_shard(partial, calls)
             entry = {

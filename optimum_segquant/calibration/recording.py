@@ -8,15 +8,15 @@ import inspect
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
-from ..components import choose_components, denoisers_of
+from ..components import choose_components, denoisers_of, family_of
 from ..evaluation import DenoiserCall
-from ..evaluation.recorder import CallRecorder, StepClock
+from ..evaluation.recorder import TIMESTEP_NAMES, CallRecorder, StepClock
 from ..evaluation.sampling import run_pipeline, takes_prompts
 from .cache import CachedCalls, CalibrationCache
 from .identity import identity
@@ -101,8 +101,16 @@ def record_calibration(
         temporary = tempfile.TemporaryDirectory(prefix="segquant-calibration-")
         cache_dir = temporary.name
     cache = open_cache(pipeline, settings, cache_dir, overwrite=overwrite)
+    cache.is_temporary = temporary is not None
     wanted = [batch for batch in settings.batches if settings.quota(batch.number) != 0]
+    if not wanted:
+        raise ValueError(
+            f"max_calls={settings.max_calls} leaves none for process {settings.rank} of {settings.world_size}: raise it"
+        )
     missing = [batch for batch in wanted if not cache.is_complete(batch.number, chosen)]
+    for name in chosen:
+        for shard in cache.shards(name, [batch.number for batch in wanted if batch not in missing]):
+            shard.check(content=False)
     logger.info("calibration data: %d of %d batches are to be sampled", len(missing), len(wanted))
     sampler = _Sampler(pipeline, settings, chosen)
     steps = settings.num_inference_steps or 1
@@ -203,17 +211,15 @@ class _Sampler:
         settings = self._settings
         assert settings.num_inference_steps is not None
         kept = settings.kept_steps(batch.number, settings.num_inference_steps)
-        needs_steps = any(name in self._denoisers or _takes_timesteps(part) for name, part in self._chosen.items())
-        last = max(kept) if needs_steps else -1
-        start = bar.n
+        start, last = bar.n, max(kept)
 
         def on_step(step: int) -> None:
-            if step > last:
+            # Text encoders have run when the first denoiser is called; what knows steps has to be past the last one.
+            if all(clocks[name].step > last for name in self._chosen if name in clocks):
                 raise _Enough
-            done = min(step, settings.num_inference_steps or 0)
-            bar.update(max(0, start + done - bar.n))
+            bar.update(max(0, start + min(step, settings.num_inference_steps or 0) - bar.n))
 
-        recorders = self._recorders(kept, on_step)
+        clocks, recorders = self._recorders(kept, on_step)
         with contextlib.ExitStack() as hooks:
             for recorder in recorders.values():
                 hooks.callback(recorder.attach())
@@ -242,21 +248,27 @@ class _Sampler:
             result[name] = [calls[i] for i in settings.thinned(batch.number, len(calls))]
         return result
 
-    def _recorders(self, kept: frozenset[int], on_step: Any) -> dict[str, CallRecorder]:
-        """One for each chosen component; others only count the steps."""
-        clock = StepClock()
-        recorders = {}
-        for name, part in {**self._denoisers, **self._chosen}.items():
-            recorders[name] = CallRecorder(
+    def _recorders(
+        self, kept: frozenset[int], on_step: Callable[[int], object]
+    ) -> tuple[dict[str, StepClock], dict[str, CallRecorder]]:
+        """A recorder for each chosen component and, to count steps, each denoiser; before them the clocks of both."""
+        watched = {**self._denoisers, **self._chosen}
+        families = {family_of(name): StepClock() for name in self._denoisers}
+        clocks = {name: families[family_of(name)] for name in self._denoisers}
+        clocks |= {name: StepClock() for name in watched if name not in clocks and _takes_timesteps(watched[name])}
+        recorders = {
+            name: CallRecorder(
                 part,
                 kept if name in self._chosen else (),
-                clock=clock if name in self._denoisers else None,
+                clock=clocks.get(name),
                 needs_timestep=name in self._denoisers,
                 on_step=on_step if name in self._denoisers else None,
                 label=name,
             )
-        return recorders
+            for name, part in watched.items()
+        }
+        return clocks, recorders
 
 
 def _takes_timesteps(module: nn.Module) -> bool:
-    return any("timestep" in name for name in inspect.signature(module.forward).parameters)
+    return not set(TIMESTEP_NAMES).isdisjoint(inspect.signature(module.forward).parameters)
