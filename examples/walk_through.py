@@ -21,7 +21,7 @@ import score_shapes
 import torch
 from matplotlib.figure import Figure
 from pictures import difference, draw_strips
-from shapes_sampling import PIPELINE, load_pipeline, sampling
+from shapes_sampling import PIPELINE, load_pipeline, matching, sampling
 from torch import Tensor, nn
 
 import modelopt_ext
@@ -39,6 +39,9 @@ parser.add_argument("--steps", type=int, default=14, help="denoising steps")
 parser.add_argument("--kept-steps", type=int, default=7, help="how many of them are recorded")
 parser.add_argument("--prompts", type=int, default=8, help="for calibration, and as many others for measuring")
 parser.add_argument("--images", type=int, default=4)
+parser.add_argument(
+    "--rows", nargs="+", default=["*"], help="of the whole model, only configs that match these patterns"
+)
 options, _ = parser.parse_known_args()  # a notebook's kernel has arguments of its own
 options.out.mkdir(parents=True, exist_ok=True)
 
@@ -186,9 +189,9 @@ save(figure, "3_codes.png")
 
 # %% The same in decibels, on trajectories that the scales were not taken from
 # Below: SQNR of the negative inputs, of the positive ones, of all, and of the layer's output. For the last one the real
-# Linear is quantized by ModelOpt with SegQuant: `dual` and `dual8` multiply both signs apart, `shift` once. There `shift`
-# is kept only where it helps on other calls: AdaLN reads one row a prompt and timestep, and the middle of a channel's
-# range in few of them says little about others.
+# Linear is quantized by ModelOpt with SegQuant: `dual` and `dual8` multiply both signs apart, `shift` once. There
+# `shift` is kept only where it helps on other calls: AdaLN reads one row a prompt and timestep, and the middle of a
+# channel's range in few of them says little about others.
 
 
 def algorithm(config: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
@@ -223,6 +226,7 @@ def output_sqnr(name: str, layer: nn.Module) -> float:
 
 
 POLARITY = {"symmetric": "none", "shift": "shift", "dual": "dual", "dual8": "dual8"}
+groups_by_layer = {}
 figure, axes = panels(2, 13, 3.8, "SQNR by treatment, dB: 6 dB are one bit")
 for one, (activation, name) in zip(axes, LAYERS.items(), strict=True):
     x = rows_unseen[name]
@@ -233,10 +237,12 @@ for one, (activation, name) in zip(axes, LAYERS.items(), strict=True):
         found = (sqnr(x[x < 0], y[x < 0]), sqnr(x[x >= 0], y[x >= 0]), sqnr(x, y), output_sqnr(name, layer))
         for part, value in zip(groups.values(), found, strict=True):
             part[treatment] = value
+    groups_by_layer[name] = groups
     bars(one, groups, TREATMENTS)
     one.set_title(f"behind {activation}: {name}", fontsize=10, color=TEXT)
     one.set_ylim(0, 1.08 * max(max(part.values()) for part in groups.values()))
-    print(f"{name}: " + "; ".join(f"{part} {values}" for part, values in groups.items()))
+    for part, values in groups.items():
+        print(f"{name}, {part}: " + ", ".join(f"{treatment} {value:.1f}" for treatment, value in values.items()))
 axes[0].set_ylabel("dB")
 axes[1].legend(frameon=False, ncols=4, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 save(figure, "4_sqnr_by_sign.png")
@@ -285,13 +291,15 @@ image_prompts = score_shapes.unseen_prompts(options.images, seed=3_000)
 pictures = {"prompts": image_prompts, "seeds": 3_000, **call}
 reference = generate_images(pipeline, **pictures)
 results = {}
-for label, config in CONFIGS.items():
-    results[label] = compare(pipeline, config, calibration=calibration, unseen=unseen, reference=reference, **pictures)
+for label in matching(CONFIGS, options.rows):
+    results[label] = compare(
+        pipeline, CONFIGS[label], calibration=calibration, unseen=unseen, reference=reference, **pictures
+    )
     print(f"{label}: {results[label].sqnr.overall:.1f} dB", flush=True)
 
 figure, axes = panels(2, 13, 3.8, "Velocity SQNR of the whole transformer, W8A8")
-shades = dict(zip(results, (GREY, BLUE, ORANGE, PURPLE, GREEN), strict=True))
-drawn = axes[0].barh(list(results), [row.sqnr.overall for row in results.values()], color=list(shades.values()))
+shades = dict(zip(CONFIGS, (GREY, BLUE, ORANGE, PURPLE, GREEN), strict=True))
+drawn = axes[0].barh(list(results), [row.sqnr.overall for row in results.values()], color=[shades[n] for n in results])
 axes[0].bar_label(drawn, fmt="%.1f", fontsize=9, color=MUTED, padding=3)
 axes[0].invert_yaxis()
 axes[0].grid(visible=False)
@@ -304,7 +312,7 @@ save(figure, "6_model.png")
 
 # %% And the images
 strips = [("full precision", reference)]
-for label in ("plain", "SEGQUANT_CFG"):
+for label in [name for name in ("plain", "SEGQUANT_CFG") if name in results]:
     row = results[label]
     assert row.images is not None
     strips += [(f"{label}\n{row.sqnr.overall:.1f} dB", row.images), difference(row.images, reference)]
