@@ -227,8 +227,12 @@ def test_a_pipeline_without_prompts():
     assert labels == [1, 3, 5]
 
 
-def test_what_cannot_be_written_is_named():
+def test_what_cannot_be_passed_on_or_written_is_named():
     pipeline = tiny_sd3_pipeline()
+    with pytest.raises(
+        ValueError, match="StableDiffusion3Pipeline takes no argument 'guidence_scale', is 'guidance_sc"
+    ):
+        record(pipeline, settings(call_kwargs={"guidence_scale": 4.0}))
     use = {**USE, "joint_attention_kwargs": {"masks": [object()]}}
     with pytest.raises(ValueError, match=r"joint_attention_kwargs\.masks\[0\] holds a object, which can't be written"):
         record(pipeline, settings(call_kwargs=use))

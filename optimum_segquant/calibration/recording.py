@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import logging
 import os
@@ -149,11 +150,20 @@ def _resolved(settings: CalibrationSettings, pipeline: Any) -> CalibrationSettin
     """The settings with the pipeline's own number of steps where they have none, checked against it.
 
     Raises:
-        ValueError: neither has a number, the steps to keep do not fit, or the pipeline takes no prompts.
+        ValueError: neither has a number, the steps to keep do not fit, or the pipeline takes no prompts or not an
+            argument of the settings.
     """
-    total = settings.num_inference_steps
+    total, known = settings.num_inference_steps, inspect.signature(pipeline.__call__).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        for name in (*settings.call_kwargs, *settings.per_prompt_kwargs):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(
+                    f"{type(pipeline).__name__} takes no argument {name!r}"
+                    + (f", is {near[0]!r} meant?" if near else f": it takes {', '.join(known)}")
+                )
     if total is None:
-        parameter = inspect.signature(pipeline.__call__).parameters.get("num_inference_steps")
+        parameter = known.get("num_inference_steps")
         total = None if parameter is None else parameter.default
         if not isinstance(total, int):
             raise ValueError(
