@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
+from modelopt.torch.opt.dynamic import DynamicModule
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor, nn
 
@@ -18,7 +19,15 @@ from modelopt_ext.nn.packed import PackedSpec
 
 from .layer_formats import is_on, layer_formats
 
-__all__ = ["REPORT_NAME", "ComponentReport", "LayerCounts", "QuantizationReport", "model_bytes", "packed_bytes"]
+__all__ = [
+    "REPORT_NAME",
+    "ComponentReport",
+    "LayerCounts",
+    "QuantizationReport",
+    "model_bytes",
+    "model_class",
+    "packed_bytes",
+]
 
 REPORT_NAME = "segquant_report.json"
 """File of the report in an exported directory."""
@@ -36,8 +45,8 @@ class LayerCounts:
         segmented: of these, those with more than one input segment or output group.
         weights: quantized Linears by the format of their weight, e.g. ``{"int8": 50, "int4 in groups of 32": 3}``.
         activations: the same by that of their input, e.g. ``{"int8": 47, "int8 per token": 3, "float": 2}``.
-        polarity: input segments of quantized Linears by treatment: none, shift, dual, dual8; a shift goes with any of
-            the others and is counted apart.
+        polarity: input segments of quantized Linears by treatment: none, dual, dual8, or shift where a segment of a
+            shifted Linear is not split by sign.
         smoothed, rotated, low_rank: quantized Linears with smoothing, a rotation, a low-rank branch.
         others: quantizers of other layers (convolutions, attention products) that are on.
     """
@@ -77,6 +86,11 @@ class LayerCounts:
 
 def _counted(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values).most_common())
+
+
+def model_class(model: nn.Module) -> str:
+    """Name of a model's own class; ModelOpt puts classes of its own in front of it."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, DynamicModule)).__name__
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -226,13 +240,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def model_class(model: nn.Module) -> str:
-    """Name of a model's own class; ModelOpt puts classes of its own in front of it."""
-    from modelopt.torch.opt.dynamic import DynamicModule
-
-    return next(cls for cls in type(model).__mro__ if not issubclass(cls, DynamicModule)).__name__
