@@ -16,6 +16,8 @@ from tiny_pipelines import tiny_sd3_pipeline
 
 import modelopt_ext
 from modelopt_ext.export.tensorrt import check_tensorrt
+from optimum_segquant import CalibrationSettings
+from optimum_segquant.calibration import read_prompts
 from optimum_segquant.evaluation import sample_trajectories
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -62,3 +64,32 @@ def test_the_deployment_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not [
         violation for violation in check_tensorrt("tensorrt/transformer/model.onnx") if violation.severity == "error"
     ]
+
+
+@pytest.mark.slow
+def test_prompts_to_a_directory_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red circle\na blue square\n")
+    use = {"num_inference_steps": 3, "height": 16, "width": 16}
+    pipe, full_precision = tiny_sd3_pipeline(), tiny_sd3_pipeline()
+    block = block_with("quantize_pipeline").replace('"prompts.txt"', "settings").replace("held_out=8", "held_out=2")
+    size = {"height": 16, "width": 16}
+    settings = CalibrationSettings(read_prompts("prompts.txt"), num_inference_steps=3, steps=3, call_kwargs=size)
+    names: dict[str, Any] = {"pipe": pipe, "settings": settings}
+    exec(block, names)
+    assert "SEGQUANT_CFG" in capsys.readouterr().out
+    assert (tmp_path / "quantized" / "model_index.json").is_file()
+
+    others = {
+        "pipe": full_precision,
+        "quantized_pipe": pipe,
+        "result": names["result"],
+        "prompts": ["a green triangle"],
+    }
+    asked = "num_inference_steps=28, guidance_scale=4.5"
+    block = block_with("write_report")
+    assert asked in block
+    exec(block.replace(asked, "**use"), {**others, "use": use})
+    assert (tmp_path / "report.html").read_text().lstrip().lower().startswith("<!doctype html>")
