@@ -26,6 +26,7 @@ from torch import nn
 
 import modelopt_ext
 from modelopt_ext import PackedLinear, SegLinear
+from modelopt_ext.export.tensorrt import check_tensorrt
 from modelopt_ext.sensitivity import quantized_layers
 from optimum_segquant import CalibrationSettings, QuantizationResult, SegQuantizer, quantize_pipeline
 from optimum_segquant.calibration import CalibrationMismatchError, record_calibration
@@ -176,24 +177,34 @@ def test_a_controlnet_beside_its_unet():
     assert all(25 < part.sqnr < 70 for part in result.report.components)
 
 
-@pytest.mark.slow
-def test_onnx_of_a_pipeline_and_of_models_by_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from optimum.onnxruntime import ORTDiffusionPipeline
-
-    result = quantize(tiny_sd3_pipeline(), tmp_path / "sd3", FAST, export="onnx", progress=True)
-    loaded = ORTDiffusionPipeline.from_pretrained(tmp_path / "sd3")
-    loaded.set_progress_bar_config(disable=True)
-    assert (image(loaded) - image(result.pipeline)).abs().max() < 0.02
-    assert "ONNX: 100%|" in capsys.readouterr().err
-
-    # Optimum has no ONNX form of Wan.
+def test_onnx_of_models_by_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Optimum has no ONNX form of Wan: each quantized model is written on its own."""
     video = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
     own = settings(prompts=PROMPTS[:2], steps=None, call_kwargs=video)
-    quantize(
-        tiny_wan_pipeline(), tmp_path / "wan", DYNAMIC, components="transformer_2", calibration=own, export="tensorrt"
-    )
+    options = {"components": "transformer_2", "calibration": own, "export": "tensorrt", "progress": True}
+    quantize(tiny_wan_pipeline(), tmp_path / "wan", DYNAMIC, **options)
     found = [path.relative_to(tmp_path / "wan").as_posix() for path in (tmp_path / "wan").rglob("*.onnx")]
     assert found == ["transformer_2/model.onnx"]
+    assert not [one for one in check_tensorrt(tmp_path / "wan" / found[0]) if one.severity == "error"]
+    assert "ONNX: 100%|" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("export", "target"), [("onnx", "onnxruntime"), ("tensorrt", "tensorrt")])
+def test_onnx_of_a_whole_pipeline(export: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which arguments go to export_onnx; that one has tests of its own."""
+    given: list[Any] = []
+
+    def write(model: Any, directory: Path, **options: Any) -> None:
+        (directory / "model_index.json").write_text("{}")
+        given.append((model, options))
+
+    monkeypatch.setattr("optimum_segquant.exports.export_onnx", write)
+    pipeline = tiny_sd3_pipeline()
+    quantizer = SegQuantizer(pipeline, components="text_encoder")
+    result = quantizer.quantize(tmp_path / "out", DYNAMIC, calibration=settings(), export=export, progress=False)
+    assert given == [(pipeline, {"target": target, "progress": False})]
+    assert result.report.export == export
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model_index.json", "segquant_report.json"}
 
 
 @pytest.mark.slow
