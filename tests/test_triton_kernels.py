@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from modelopt_ext.formats import QuantFormat
-from modelopt_ext.kernels import rounding
+from modelopt_ext.kernels import rounding, triton_gemm
+from modelopt_ext.kernels.operands import Operands
 from modelopt_ext.kernels.scaled_mm import reference, scaled_mm
 from modelopt_ext.kernels.triton_gemm import _few_rows, _tiles, launch_few_rows, launch_tiles
 from modelopt_ext.kernels.triton_rounding import POLARITIES, _quantize, launch
@@ -49,12 +52,10 @@ def test_many_rows_give_the_references_numbers(
     scale = torch.rand(rows if per_token else 1, 1, device=DEVICE) + 0.1
     scale_b, bias = torch.rand(columns, device=DEVICE), torch.randn(columns, device=DEVICE)
     sums = b.sum(dim=1, dtype=torch.int32)
-    other = (a2, 2 * scale, -1) if dual else None
-    found = launch_tiles(
-        _tiles.fn, a, b, scale, scale_b, bias, zero, sums, other, (0, channels), torch.float32, tma, **TILES
-    )
     second = (a2, 2 * scale) if dual else (None, None)
-    expected = reference(a, b, scale, scale_b, bias, zero, sums, *second, -1)
+    operands = Operands(a, b, scale, scale_b, bias, zero, sums, *second, -1)
+    found = launch_tiles(_tiles.fn, operands, torch.float32, tma, **TILES)
+    expected = reference(*operands.flat())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
 
 
@@ -69,12 +70,10 @@ def test_few_rows_give_the_references_numbers(rows: int, zero: int, per_token: b
     scale = torch.rand(groups * rows if per_token else groups, 1, device=DEVICE) + 0.1
     scale_b, bias = torch.rand(columns, device=DEVICE), torch.randn(columns, device=DEVICE)
     sums = b.sum(dim=1, dtype=torch.int32)
-    other = (a2, 2 * scale, -1) if dual else None
-    found = launch_few_rows(
-        _few_rows.fn, a, b, scale, scale_b, bias, zero, sums, other, (0, channels), groups, torch.float32, **FEW
-    )
     second = (a2, 2 * scale) if dual else (None, None)
-    expected = reference(a, b, scale, scale_b, bias, zero, sums, *second, -1, groups)
+    operands = Operands(a, b, scale, scale_b, bias, zero, sums, *second, -1, groups)
+    found = launch_few_rows(_few_rows.fn, operands, torch.float32, **FEW)
+    expected = reference(*operands.flat())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
 
 
@@ -83,12 +82,37 @@ def test_a_segment_of_strided_operands_and_half_precision_output() -> None:
     a, part = wide[:, 32:96], b[:, 64:]
     one, scale_b = torch.ones(1, 1, device=DEVICE), torch.full((48,), 2.0**-6, device=DEVICE)
     expected = reference(a[:, 16:48], part[:, 16:48], one, scale_b).to(torch.float16)
-    half, segment = torch.float16, (16, 32)
-    found = launch_tiles(_tiles.fn, a, part, one, scale_b, None, 0, None, None, segment, half, False, **TILES)
-    assert found.dtype == half
+    operands = Operands(a, part, one, scale_b, start=16, size=32)
+    found = launch_tiles(_tiles.fn, operands, torch.float16, False, **TILES)
+    assert found.dtype == torch.float16
     assert torch.equal(found, expected)
-    few = launch_few_rows(_few_rows.fn, a, part, one, scale_b, None, 0, None, None, segment, 1, half, **FEW)
-    assert torch.equal(few, expected)
+    assert torch.equal(launch_few_rows(_few_rows.fn, operands, torch.float16, **FEW), expected)
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(3, 2), (100, 1)])
+def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = codes(groups * rows, 64, 0), codes(groups * 32, 64, 1)
+    scale, scale_b = torch.rand(groups, 1, device=DEVICE), torch.rand(groups * 32, device=DEVICE)
+    operands = Operands(a.t().contiguous().t(), b, scale, scale_b, groups=groups, size=64)
+
+    def bare(kernel: Any) -> Any:
+        sizes = FEW if kernel is _few_rows else {name: size for name, size in TILES.items() if name != "processors"}
+        return _WithTiles(kernel.fn, sizes)
+
+    if not HAS_GPU:
+        monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
+    found = triton_gemm.launch_gemm(operands, torch.float32, bare)
+    torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
+
+
+class _WithTiles:
+    """A kernel that is launched with tiles of given sizes."""
+
+    def __init__(self, kernel: Any, sizes: dict[str, int]) -> None:
+        self.kernel, self.sizes = kernel, sizes
+
+    def __getitem__(self, grid: Any) -> Any:
+        return partial(self.kernel[grid], **self.sizes)
 
 
 def mostly_equal(found: Tensor, expected: Tensor) -> bool:

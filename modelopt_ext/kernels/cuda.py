@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .operands import Operands
+
 logger = logging.getLogger(__name__)
 
 # cuBLAS takes E4M3 matrices with sizes that are multiples of this.
@@ -69,28 +71,14 @@ def _multiplies_fp8(device: int) -> bool:
     return True
 
 
-def code_gemm(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    zero: int,
-    sum_b: Tensor | None,
-    a2: Tensor | None,
-    scale_a2: Tensor | None,
-    sign: int,
-    groups: int,
-    start: int,
-    size: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def code_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     """:func:`modelopt_ext.kernels.scaled_mm` by the Triton kernels of :mod:`.triton_gemm`."""
     from . import triton_gemm
 
-    # The operator is for those who look at it: compilers, tracers. By itself it costs more time than the launch.
-    gemm = triton_gemm.launch_gemm if launches_directly() else torch.ops.segquant.code_gemm
-    return gemm(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype)
+    if launches_directly():
+        # The operator is for those who look at it: compilers, tracers. By itself it costs more time than the launch.
+        return triton_gemm.launch_gemm(operands, out_dtype)
+    return torch.ops.segquant.code_gemm(*operands.flat(), out_dtype)
 
 
 def launches_directly() -> bool:
@@ -98,28 +86,21 @@ def launches_directly() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
-def fp8_gemm(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    second: tuple[Tensor, Tensor, int] | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def fp8_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     """:func:`modelopt_ext.kernels.scaled_mm` of E4M3 codes; each product is rounded to bfloat16.
 
     Sums run in the tensor cores' own accumulators (``use_fast_accum``), which keep 14 bits or more of each partial sum:
     30 dB below the rounding of the codes.
     """
-    half = torch.bfloat16
-    if second is None and out_dtype == half:
-        return _row_wise(a, b, scale_a, scale_b, None if bias is None else bias.to(half))
-    total = _row_wise(a, b, scale_a, scale_b, None).float()
-    if second is not None:
+    half, channels, bias = torch.bfloat16, operands.channels, operands.bias
+    a, b = operands.a[:, channels], operands.b[:, channels]
+    if not operands.is_dual and out_dtype == half:
+        return _row_wise(a, b, operands.scale_a, operands.scale_b, None if bias is None else bias.to(half))
+    total = _row_wise(a, b, operands.scale_a, operands.scale_b, None).float()
+    if operands.a2 is not None and operands.scale_a2 is not None:
         # No kernel shares the weight between two E4M3 products of many rows.
-        a2, scale_a2, sign = second
-        total = total + sign * _row_wise(a2, b, scale_a2, scale_b, None).float()
+        second = _row_wise(operands.a2[:, channels], b, operands.scale_a2, operands.scale_b, None)
+        total = total + operands.sign * second.float()
     return (total if bias is None else total + bias).to(out_dtype)
 
 

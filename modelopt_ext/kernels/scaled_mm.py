@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cuda
+from .operands import Operands
 
 # Sums of that many products of int8 codes stay below 2^24, where float32 counts in ones.
 EXACT_CHANNELS = 1024
@@ -61,19 +62,21 @@ def scaled_mm(
         ValueError: operands that do not go together.
     """
     check(a, b, zero, sum_b, a2, scale_a2, groups)
-    wanted = out_dtype or torch.float32
     start, size = (0, a.shape[1]) if segment is None else (segment.start, segment.stop - segment.start)
-    operands = (a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
-    if not a.is_cuda or not _fits_kernels(a, b, size):
-        return reference(*operands).to(wanted)
-    few = a.shape[0] <= groups * FEW_ROWS and cuda.has_triton()
+    operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
+    return _product_of(operands, out_dtype or torch.float32)
+
+
+def _product_of(operands: Operands, out_dtype: torch.dtype) -> Tensor:
+    a, b, groups = operands.a, operands.b, operands.groups
+    if not a.is_cuda or not _fits_kernels(a, b, operands.size):
+        return reference(*operands.flat()).to(out_dtype)
+    few = operands.rows <= FEW_ROWS and cuda.has_triton()
     if groups > 1 and not (few and (b.shape[0] // groups) % cuda.NARROWEST_TILE == 0):
-        return _group_by_group(*operands, wanted)
-    if a.dtype == torch.int8 or few or (size < a.shape[1] and cuda.has_triton()):
-        return cuda.code_gemm(*operands, wanted)
-    second = None if a2 is None or scale_a2 is None else (a2[:, segment or slice(None)], scale_a2, sign)
-    a, b = (a, b) if segment is None else (a[:, segment], b[:, segment])
-    return cuda.fp8_gemm(a, b, scale_a, scale_b, bias, second, wanted)
+        return torch.cat([_product_of(part, out_dtype) for part in operands.by_group()], dim=1)
+    if a.dtype == torch.int8 or few or (operands.size < a.shape[1] and cuda.has_triton()):
+        return cuda.code_gemm(operands, out_dtype)
+    return cuda.fp8_gemm(operands, out_dtype)
 
 
 def _fits_kernels(a: Tensor, b: Tensor, channels: int) -> bool:
@@ -81,38 +84,6 @@ def _fits_kernels(a: Tensor, b: Tensor, channels: int) -> bool:
     if a.dtype == torch.int8:
         return cuda.has_triton()
     return cuda.fp8_fits(a.device.index or 0, b.shape[0], channels)
-
-
-def _group_by_group(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    zero: int,
-    sum_b: Tensor | None,
-    a2: Tensor | None,
-    scale_a2: Tensor | None,
-    sign: int,
-    groups: int,
-    start: int,
-    size: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """:func:`scaled_mm` as one product a group."""
-    segment = slice(start, start + size)
-
-    def parts(x: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * groups if x is None else x.chunk(groups)
-
-    operands = zip(*map(parts, (a, b, scale_a, scale_b, bias, sum_b, a2, scale_a2)), strict=True)
-    return torch.cat(
-        [
-            scaled_mm(x, w, sx, sw, c, zero, total, x2, sx2, sign, 1, segment, out_dtype)
-            for x, w, sx, sw, c, total, x2, sx2 in operands
-        ],
-        dim=1,
-    )
 
 
 @torch.library.custom_op("segquant::scaled_mm", mutates_args=())

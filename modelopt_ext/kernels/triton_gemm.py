@@ -17,6 +17,7 @@ Loads go through tensor-memory-accelerator descriptors where the GPU has them, e
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from .operands import Operands
 from .scaled_mm import FEW_ROWS
 
 # Rows of the smallest tile that the matrix units take.
@@ -323,17 +325,13 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _tma_fits(start: int, out_row: int, *operands: Tensor) -> bool:
-    """Tensor descriptors need 16-byte aligned rows, and a GPU that has them.
-
-    Args:
-        start: the first channel.
-        out_row: bytes of a row of the output.
-        operands: int8 or E4M3 matrices.
-    """
+def _tma_fits(operands: Operands, out_dtype: torch.dtype) -> bool:
+    """Tensor descriptors need 16-byte aligned rows, and a GPU that has them."""
+    matrices = [x for x in (operands.a, operands.b, operands.a2) if x is not None]
     # Allocations are aligned; pointers are not looked at, so that this can be traced.
-    aligned = all(x.storage_offset() % 16 == 0 and x.stride(0) % 16 == 0 for x in operands)
-    return aligned and start % 16 == out_row % 16 == 0 and _has_descriptors(operands[0].device)
+    aligned = all(x.storage_offset() % 16 == 0 and x.stride(0) % 16 == 0 for x in matrices)
+    out_row = operands.b.shape[0] * out_dtype.itemsize
+    return aligned and operands.start % 16 == out_row % 16 == 0 and _has_descriptors(operands.a.device)
 
 
 @torch.compiler.assume_constant_result
@@ -374,55 +372,32 @@ def code_gemm(
 
     With more than one group, at most ``FEW_ROWS`` rows a group.
     """
-    return launch_gemm(
-        a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype, wrap_triton
-    )
+    operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
+    return launch_gemm(operands, out_dtype, wrap_triton)
 
 
 def launch_gemm(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    zero: int,
-    sum_b: Tensor | None,
-    a2: Tensor | None,
-    scale_a2: Tensor | None,
-    sign: int,
-    groups: int,
-    start: int,
-    size: int,
-    out_dtype: torch.dtype,
-    wrap: Callable[[Any], Any] = lambda kernel: kernel,
+    operands: Operands, out_dtype: torch.dtype, wrap: Callable[[Any], Any] = lambda kernel: kernel
 ) -> Tensor:
     """:func:`code_gemm` without the operator around it.
 
     Args:
-        a: see :func:`modelopt_ext.kernels.scaled_mm`; so are the other operands up to ``groups``.
-        b: see there.
-        scale_a: see there.
-        scale_b: see there.
-        bias: see there.
-        zero: see there.
-        sum_b: see there.
-        a2: see there.
-        scale_a2: see there.
-        sign: see there.
-        groups: see there.
-        start: the first channel to multiply.
-        size: how many channels.
+        operands: with more than one group, at most ``FEW_ROWS`` rows a group.
         out_dtype: of the result.
         wrap: what the kernel is given to before it is launched.
+
+    Returns:
+        (M, N) in ``out_dtype``.
     """
-    a, b = _with_contiguous_rows(a), _with_contiguous_rows(b)
-    second = None if a2 is None or scale_a2 is None else (_with_contiguous_rows(a2), scale_a2, sign)
-    segment = (start, size)
-    if a.shape[0] <= groups * FEW_ROWS:
-        kernel = wrap(_few_rows)
-        return launch_few_rows(kernel, a, b, scale_a, scale_b, bias, zero, sum_b, second, segment, groups, out_dtype)
-    tma = _tma_fits(start, b.shape[0] * out_dtype.itemsize, a, b, *(second[:1] if second is not None else ()))
-    return launch_tiles(wrap(_tiles), a, b, scale_a, scale_b, bias, zero, sum_b, second, segment, out_dtype, tma)
+    operands = replace(
+        operands,
+        a=_with_contiguous_rows(operands.a),
+        b=_with_contiguous_rows(operands.b),
+        a2=None if operands.a2 is None else _with_contiguous_rows(operands.a2),
+    )
+    if operands.rows <= FEW_ROWS:
+        return launch_few_rows(wrap(_few_rows), operands, out_dtype)
+    return launch_tiles(wrap(_tiles), operands, out_dtype, _tma_fits(operands, out_dtype))
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
@@ -430,34 +405,13 @@ def _with_contiguous_rows(x: Tensor) -> Tensor:
 
 
 def launch_tiles(
-    kernel: Any,
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    zero: int,
-    sum_b: Tensor | None,
-    second: tuple[Tensor, Tensor, int] | None,
-    segment: tuple[int, int],
-    out_dtype: torch.dtype,
-    tma: bool,
-    processors: int | None = None,
-    **tiles: int,
+    kernel: Any, operands: Operands, out_dtype: torch.dtype, tma: bool, processors: int | None = None, **tiles: int
 ) -> Tensor:
     """Run ``kernel``: the tuned one, or with given ``tiles`` (BLOCK_M, BLOCK_N, ...) the bare one.
 
     Args:
         kernel: ``_tiles`` or ``_tiles.fn``.
-        a: (M, K) int8 or float8_e4m3fn, rows contiguous.
-        b: (N, K), ``a``'s dtype, rows contiguous.
-        scale_a: float32 (1, 1) or (M, 1).
-        scale_b: float32 (N,).
-        bias: (N,) or None.
-        zero: the code that means 0.0.
-        sum_b: int32 (N,), the sums of b's rows; needed with ``zero``.
-        second: (a2, scale_a2, sign), a second operand that shares b; sign is 1 or -1.
-        segment: the first channel to multiply, and how many.
+        operands: of one group, rows contiguous.
         out_dtype: of the result.
         tma: whether to load through tensor descriptors.
         processors: multiprocessors to fill; by default the GPU's.
@@ -466,113 +420,86 @@ def launch_tiles(
     Returns:
         (M, N) in ``out_dtype``.
     """
-    a2, scale_a2, sign = second if second is not None else (a, scale_a, 1)
-    rows, columns, (start, channels) = a.shape[0], b.shape[0], segment
-    out = torch.empty(rows, columns, dtype=out_dtype, device=a.device)
+    rows, columns = operands.rows, operands.b.shape[0]
     if tma:
         triton.set_allocator(_workspace)
-    count = processors or _processors(a.device)
+    count = processors or _processors(operands.a.device)
 
     def grid(meta: dict[str, int]) -> tuple[int]:
-        tiles = triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"])
-        return (min(count * meta["PER_SM"], tiles),)
+        all_tiles = triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"])
+        return (min(count * meta["PER_SM"], all_tiles),)
 
+    out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
     kernel[grid](
-        a,
-        a2,
-        b,
-        out,
-        scale_a,
-        scale_a2,
-        scale_b.contiguous(),
-        bias if bias is not None else scale_b,
-        b if sum_b is None else sum_b.contiguous(),
-        rows,
-        columns,
-        channels,
-        a.stride(0),
-        a2.stride(0),
-        b.stride(0),
-        start,
+        *_arguments(operands, out),
         triton.next_power_of_2(rows),  # sizes within a factor of two share a choice of tiles
         PROCESSORS=count,
-        ZERO=zero,
-        SIGN=sign,
-        PER_TOKEN=scale_a.numel() > 1,
-        HAS_BIAS=bias is not None,
-        DUAL=second is not None,
+        PER_TOKEN=operands.scale_a.numel() > 1,
         TMA=tma,
+        **_switches(operands),
         **tiles,
     )
     return out
 
 
-def launch_few_rows(
-    kernel: Any,
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    zero: int,
-    sum_b: Tensor | None,
-    second: tuple[Tensor, Tensor, int] | None,
-    segment: tuple[int, int],
-    groups: int,
-    out_dtype: torch.dtype,
-    **tiles: int,
-) -> Tensor:
+def launch_few_rows(kernel: Any, operands: Operands, out_dtype: torch.dtype, **tiles: int) -> Tensor:
     """:func:`launch_tiles` for few rows, and for several groups of columns with activations of their own.
 
     Args:
         kernel: ``_few_rows`` or ``_few_rows.fn``.
-        a: (G M, K), group after group.
-        b: see :func:`launch_tiles`; so are the other operands.
-        scale_a: float32 (G, 1) or (G M, 1).
-        scale_b: (N,).
-        bias: (N,) or None.
-        zero: the code that means 0.0.
-        sum_b: (N,) or None.
-        second: like ``a`` and ``scale_a``, and the sign.
-        segment: the first channel to multiply, and how many.
-        groups: G, which divides N.
+        operands: rows contiguous.
         out_dtype: of the result.
         tiles: sizes of the tiles.
 
     Returns:
         (M, N) in ``out_dtype``.
     """
-    a2, scale_a2, sign = second if second is not None else (a, scale_a, 1)
-    rows, columns, (start, channels) = a.shape[0] // groups, b.shape[0], segment
-    out = torch.empty(rows, columns, dtype=out_dtype, device=a.device)
-    own = TILE_ROWS if second is None else TILE_ROWS // 2
+    rows, columns = operands.rows, operands.b.shape[0]
+    own = TILE_ROWS // 2 if operands.is_dual else TILE_ROWS
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return triton.cdiv(columns, meta["BLOCK_N"]), triton.cdiv(rows, own)
 
+    out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
     kernel[grid](
+        *_arguments(operands, out),
+        columns // operands.groups,
+        PER_TOKEN=operands.scale_a.numel() > operands.groups,
+        **_switches(operands),
+        **tiles,
+    )
+    return out
+
+
+def _arguments(operands: Operands, out: Tensor) -> tuple[Any, ...]:
+    """What both kernels take by position; absent tensors are replaced by others, which are not read."""
+    a, b = operands.a, operands.b
+    a2 = a if operands.a2 is None else operands.a2
+    return (
         a,
         a2,
         b,
         out,
-        scale_a,
-        scale_a2,
-        scale_b.contiguous(),
-        bias if bias is not None else scale_b,
-        b if sum_b is None else sum_b.contiguous(),
-        rows,
-        columns,
-        channels,
+        operands.scale_a,
+        operands.scale_a if operands.scale_a2 is None else operands.scale_a2,
+        operands.scale_b.contiguous(),
+        operands.scale_b if operands.bias is None else operands.bias,
+        b if operands.sum_b is None else operands.sum_b.contiguous(),
+        operands.rows,
+        b.shape[0],
+        operands.channels.stop - operands.start,
         a.stride(0),
         a2.stride(0),
         b.stride(0),
-        start,
-        columns // groups,
-        ZERO=zero,
-        SIGN=sign,
-        PER_TOKEN=scale_a.numel() > groups,
-        HAS_BIAS=bias is not None,
-        DUAL=second is not None,
-        **tiles,
+        operands.start,
     )
-    return out
+
+
+def _switches(operands: Operands) -> dict[str, Any]:
+    """The compile-time arguments that both kernels have."""
+    return {
+        "ZERO": operands.zero,
+        "SIGN": operands.sign,
+        "HAS_BIAS": operands.bias is not None,
+        "DUAL": operands.is_dual,
+    }
