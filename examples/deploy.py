@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Deployed]:
     """Make, load, compare, draw."""
     options = parse_arguments(arguments)
     original = quiet(load_pretrained(options.pipeline))
+    prompts: Sequence[str]
+    calibration: Sequence[str]
     if options.pipeline == str(PIPELINE):
         call = sampling(original, options.steps, batch_size=4)
         prompts = score_shapes.unseen_prompts(options.images, seed=IMAGE_SEED)

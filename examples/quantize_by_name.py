@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     # Whatever is wrong shows before gigabytes are loaded.
     config = resolve_config(options.preset)
     source, defaults = defaults_of(options.model, options.like)
-    name = f"{Path(options.model).name}-{config.name}"
+    name = f"{Path(options.model).name}-{Path(config.name).stem}"
     directory = options.out / name
     check_replaceable(directory.resolve())
     call = {**defaults.call, **key_values(options.call)}

@@ -190,8 +190,8 @@ save(figure, "3_codes.png")
 # %% The same in decibels, on trajectories that the scales were not taken from
 # Below: SQNR of the negative inputs, of the positive ones, of all, and of the layer's output. For the last one the real
 # Linear is quantized by ModelOpt with SegQuant: `dual` and `dual8` multiply both signs apart, `shift` once. There
-# `shift` is kept only where it helps on other calls: AdaLN reads one row a prompt and timestep, and the middle of a
-# channel's range in few of them says little about others.
+# `shift` is kept only where the output gains on other calls than it was found on. It moves most values away from zero,
+# and larger values carry more of the weights' rounding: inputs can gain where the output loses.
 
 
 def algorithm(config: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
@@ -201,11 +201,12 @@ def algorithm(config: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
     return changed
 
 
-def quantized_layer(name: str, **fields: Any) -> nn.Module:
-    """One Linear of the transformer by itself, quantized on its recorded inputs."""
+def quantized_layer(name: str, preset: Mapping[str, Any], **fields: Any) -> nn.Module:
+    """One Linear of the transformer by itself, quantized on its recorded inputs, without smoothing and clipping."""
     layer = nn.Sequential(OrderedDict(linear=copy.deepcopy(transformer.get_submodule(name))))
     own_plan = SegmentPlan({"linear": plan.linears[name]}).to_dict()
-    config = algorithm(modelopt_ext.SEGQUANT_INT8_PER_TENSOR_CFG, alpha=None, clip_grid=(1.0,), plan=own_plan, **fields)
+    fields = {"alpha": None, "clip_grid": (1.0,), "embedders": "as_configured", "plan": own_plan, **fields}
+    config = algorithm(preset, **fields)
 
     def loop(model: nn.Module) -> None:
         for rows in calls_of[name]:  # call by call: what is chosen is chosen on other calls than scales are taken from
@@ -233,16 +234,16 @@ for one, (activation, name) in zip(axes, LAYERS.items(), strict=True):
     groups: dict[str, dict[str, float]] = {part: {} for part in ("negatives", "positives", "all inputs", "output")}
     for treatment, polarity in POLARITY.items():
         y = rounded(x, treatment, rows_calibration[name])
-        layer = quantized_layer(name, polarity=polarity, segments=False)
+        layer = quantized_layer(name, modelopt_ext.SEGQUANT_CFG, polarity=polarity, segments=False)
         found = (sqnr(x[x < 0], y[x < 0]), sqnr(x[x >= 0], y[x >= 0]), sqnr(x, y), output_sqnr(name, layer))
-        for part, value in zip(groups.values(), found, strict=True):
-            part[treatment] = value
+        for by_treatment, value in zip(groups.values(), found, strict=True):
+            by_treatment[treatment] = value
     groups_by_layer[name] = groups
     bars(one, groups, TREATMENTS)
     one.set_title(f"behind {activation}: {name}", fontsize=10, color=TEXT)
     one.set_ylim(0, 1.08 * max(max(part.values()) for part in groups.values()))
-    for part, values in groups.items():
-        print(f"{name}, {part}: " + ", ".join(f"{treatment} {value:.1f}" for treatment, value in values.items()))
+    for part, by_treatment in groups.items():
+        print(f"{name}, {part}: " + ", ".join(f"{treatment} {value:.1f}" for treatment, value in by_treatment.items()))
 axes[0].set_ylabel("dB")
 axes[1].legend(frameon=False, ncols=4, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 save(figure, "4_sqnr_by_sign.png")
@@ -254,15 +255,17 @@ adaln = LAYERS["SiLU"]
 cuts = plan.linears[adaln].out_slices
 with torch.no_grad():
     exact = transformer.get_submodule(adaln)(rows_unseen[adaln])
-    found_by = {
-        label: quantized_layer(adaln, polarity="dual8", segments=segments)(rows_unseen[adaln])
+    outputs = {
+        label: quantized_layer(adaln, modelopt_ext.SEGQUANT_INT8_PER_TENSOR_CFG, polarity="dual8", segments=segments)(
+            rows_unseen[adaln]
+        )
         for label, segments in (("one weight scale", False), ("a scale for each segment", True))
     }
 groups = {
-    f"{index}": {label: sqnr(exact[:, cut], rough[:, cut]) for label, rough in found_by.items()}
+    f"{index}": {label: sqnr(exact[:, cut], rough[:, cut]) for label, rough in outputs.items()}
     for index, cut in enumerate(cuts)
 }
-weight = transformer.get_submodule(adaln).weight.detach()
+weight = transformer.get_parameter(f"{adaln}.weight").detach()
 figure, axes = panels(2, 13, 3.6, f"{adaln} and its {len(cuts)} output segments, W8A8")
 axes[0].bar(range(len(cuts)), [float(weight[cut].abs().max()) for cut in cuts], 0.6, color=BLUE)
 axes[0].set_title("largest weight of each segment", fontsize=10, color=TEXT)

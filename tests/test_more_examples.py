@@ -35,7 +35,10 @@ from optimum_segquant.pretrained import load_pretrained
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = "--num-prompts 2 --steps 2 --kept-steps 2 --held-out 1 --images 1 --device cpu".split()
-DYNAMIC = "SEGQUANT_INT8_DYNAMIC_CFG"
+FAST = """
+preset: SEGQUANT_INT8_DYNAMIC_CFG
+algorithm: {polarity: none}
+"""
 SIZE = ["height=16", "width=16"]
 TEXT = [*SIZE, "max_sequence_length=16"]
 
@@ -46,6 +49,14 @@ TINY: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "wan": (tiny_wan_pipeline, [*TEXT, "num_frames=5"]),
     "qwen-image": (tiny_qwen_image_pipeline, SIZE),
 }
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A config without a search."""
+    path = tmp_path_factory.mktemp("config") / "fast.yaml"
+    path.write_text(FAST)
+    return str(path)
 
 
 def cached(pipeline: Any, hub_name: str, folder: Path, variant: str | None) -> Path:
@@ -59,7 +70,9 @@ def cached(pipeline: Any, hub_name: str, folder: Path, variant: str | None) -> P
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_models_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_models_by_name(
+    name: str, fast: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     make, call = TINY[name]
     defaults = quantize_by_name.MODELS[name]
     pipeline = make()
@@ -69,11 +82,11 @@ def test_models_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     directory = quantize_by_name.main(
         [
-            *("--model", name, "--preset", DYNAMIC, "--out", str(tmp_path / "out"), *SMALL),
+            *("--model", name, "--preset", fast, "--out", str(tmp_path / "out"), *SMALL),
             *("--call", *call, "--load", f"cache_dir={cache}", "local_files_only=true"),
         ]
     )
-    assert directory == tmp_path / "out" / f"{name}-{DYNAMIC}"
+    assert directory == tmp_path / "out" / f"{name}-fast"
     report = json.loads((directory / "segquant_report.json").read_text())
     assert [part["name"] for part in report["components"]] == list(defaults.components)
     assert all(30 < part["sqnr"] < 60 for part in report["components"])
@@ -87,8 +100,8 @@ def test_models_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for component in defaults.components:
         assert any(isinstance(part, PackedLinear) for part in getattr(loaded, component).modules())
     assert loaded.vae.dtype == (torch.float32 if name == "wan" else getattr(torch, str(defaults.dtype)))
-    page = (tmp_path / "out" / f"{name}-{DYNAMIC}.html").read_text()
-    assert DYNAMIC in page
+    page = (tmp_path / "out" / f"{name}-fast.html").read_text()
+    assert "fast" in page
     assert ("data:image/png" in page or "data:image/webp" in page) != defaults.is_video  # a pair of images
     assert f"{2 * len(defaults.components)} files of models are as their checksums say" in capsys.readouterr().out
 
@@ -148,24 +161,10 @@ def test_values_of_call_arguments_are_yaml():
 FEW = "--size 16 --steps 2 --calibration-prompts 2 --images 2".split()
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_denoiser_and_controlnet(trained: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    original = tiny_controlnet_pipeline()
-    base = {name: part for name, part in original.components.items() if name != "controlnet"}
-    type(tiny_sd_pipeline())(**base, requires_safety_checker=False).save_pretrained(tmp_path / "base")
-    extra = []
-    if trained:
-        original.controlnet.save_pretrained(tmp_path / "own")
-        (tmp_path / "edges").mkdir()
-        for index in range(4):
-            Image.new("RGB", (20, 20), (60 * index, 0, 0)).save(tmp_path / "edges" / f"{index}.png")
-        (tmp_path / "prompts.txt").write_text("a circle\na square\na red circle\na blue square\n")
-        extra = ["--controlnet", str(tmp_path / "own"), "--prompts", str(tmp_path / "prompts.txt")]
-        extra += ["--conditions", str(tmp_path / "edges")]
+def test_denoiser_and_controlnet(fast: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tiny_sd_pipeline().save_pretrained(tmp_path / "base")
     out = tmp_path / "out" / "quantized"
-    result = controlnet.main(
-        ["--pipeline", str(tmp_path / "base"), "--preset", DYNAMIC, "--out", str(out), *FEW, *extra]
-    )
+    result = controlnet.main(["--pipeline", str(tmp_path / "base"), "--preset", fast, "--out", str(out), *FEW])
     assert [part.name for part in result.report.components] == ["unet", "controlnet"]
     assert all(25 < part.sqnr < 70 for part in result.report.components)
     loaded = DiffusionPipeline.from_pretrained(out)
@@ -175,9 +174,26 @@ def test_denoiser_and_controlnet(trained: bool, tmp_path: Path, capsys: pytest.C
     # Quantization changes the images less than leaving the ControlNet away would.
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("images of the loaded pipeline"))
-    quantized, without = (float(part.split()[-1]) for part in line.replace(";", "").split(" dB")[:2])
+    quantized, without = (float(part.split()[-1]) for part in line.split(" dB")[:2])
     assert quantized > without
     assert Image.open(tmp_path / "out" / "quantized.png").size == (180 + 2 * 36, 84 + 4 * 36)
+
+
+def test_trained_controlnets_and_own_control_images(tmp_path: Path):
+    tiny_sd_pipeline().save_pretrained(tmp_path / "base")
+    trained = tiny_controlnet_pipeline().controlnet
+    trained.save_pretrained(tmp_path / "own")
+    loaded = controlnet.load(str(tmp_path / "base"), str(tmp_path / "own"))
+    assert isinstance(loaded, StableDiffusionControlNetPipeline)
+    assert torch.equal(loaded.controlnet.controlnet_mid_block.weight, trained.controlnet_mid_block.weight)
+    for index in range(4):
+        Image.new("RGB", (20, 20), (51 * index, 0, 255)).save(tmp_path / f"{index}.png")
+    (tmp_path / "prompts.txt").write_text("a circle\na square\na red circle\na blue square\n")
+    given = ["--prompts", str(tmp_path / "prompts.txt"), "--conditions", str(tmp_path)]
+    prompts, images = controlnet.control_data(controlnet.parse_arguments([*FEW, *given]))
+    assert prompts == ["a circle", "a square", "a red circle", "a blue square"]
+    assert images.shape == (4, 3, 16, 16)
+    assert images[3].mean(dim=(1, 2)).tolist() == pytest.approx([0.6, 0.0, 1.0])
 
 
 def test_edges_are_where_the_picture_changes():
@@ -203,12 +219,12 @@ def test_control_images_and_prompts_go_together(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_one_checkpoint_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_one_checkpoint_everywhere(fast: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tiny_sd3_pipeline().save_pretrained(tmp_path / "tiny")
     out = tmp_path / "out"
     rows = deploy.main(
         [
-            *("--pipeline", str(tmp_path / "tiny"), "--preset", DYNAMIC, "--out", str(out)),
+            *("--pipeline", str(tmp_path / "tiny"), "--preset", fast, "--out", str(out)),
             *("--steps", "2", "--images", "2", "--calibration-prompts", "2"),
         ]
     )
