@@ -197,6 +197,13 @@ def test_folds_hold_out_other_calls(count: int):
     for fold in folds:
         inside = (fold.rows >= fold.range.low) & (fold.rows <= fold.range.high)
         assert not inside.any(), "a fold's range saw the fold's rows"
+    fine = statistics.fine_folds()
+    assert len(fine) == len(statistics.groups.unique())
+    assert sum(len(fold.rows) for fold in fine) == 3 * count
+    for fold in fine:
+        rest = set(range(count)) - set(fold.rows[:, 0].int().tolist())
+        assert (int(fold.range.low[0]), int(fold.range.high[0])) == (min(rest), max(rest))
+        assert set(fold.source[:, 0].int().tolist()) == rest
 
 
 def test_folds_hold_out_every_other_item_of_large_batches():
@@ -211,10 +218,27 @@ def test_folds_hold_out_every_other_item_of_large_batches():
         assert fold.range.high.tolist() == [904 + (1 - parity)] * 2
 
 
+def test_fine_folds_hold_out_single_items_of_large_batches():
+    """Item i of each call holds the constant i; the joined statistics of two halves give the same folds."""
+    items = torch.arange(10.0).reshape(10, 1, 1).expand(10, 3, 2)
+    both = watched(*[items] * 4)
+    halves = LinearStatistics(both.samples, both.seed), LinearStatistics(both.samples, both.seed)
+    for position in range(4):
+        halves[position % 2].update(items, position)
+    for folds in (both.fine_folds(), (halves[0] | halves[1]).fine_folds()):
+        assert len(folds) == GROUPS
+        for group, fold in enumerate(folds):
+            own = {float(item) for item in range(10) if item % GROUPS == group}
+            rest = set(range(10)) - own
+            assert set(fold.rows[:, 0].tolist()) == own
+            assert fold.groups.unique().tolist() == [group]
+            assert (fold.range.low.tolist(), fold.range.high.tolist()) == ([min(rest)] * 2, [max(rest)] * 2)
+
+
 def test_a_single_call_has_nothing_to_hold_out():
     statistics = watched(normal(10, 4))
-    (fold,) = statistics.folds()
-    assert torch.equal(fold.range.high, statistics.range.high)
+    for (fold,) in (statistics.folds(), statistics.fine_folds()):
+        assert torch.equal(fold.range.high, statistics.range.high)
 
 
 def test_groups_are_items_of_large_batches_and_spans_of_small_ones():

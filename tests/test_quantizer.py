@@ -438,8 +438,14 @@ def untouched() -> Any:
     ids=str,
 )
 def test_refused_before_anything_is_sampled(
-    options: dict[str, Any], error: type[Exception], message: str, untouched: Any, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    untouched: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ):
+    monkeypatch.chdir(tmp_path)  # relative names are free there
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the pipeline was run")
 

@@ -219,37 +219,37 @@ def solved(segments: tuple[int, ...], **options: Any) -> tuple[nn.Module, SegCon
     plain = nn.Conv2d(C, 16, 3, padding=1)
     with torch.no_grad():
         plain.weight[:, :4] /= 8
-    statistics = WindowStatistics(plain, samples=4096, seed=0)
+    statistics = WindowStatistics(plain, samples=512, seed=0)
     for seed in range(8):
-        statistics.update(skip_inputs(seed))
+        statistics.update(skip_inputs(seed, count=16))
     solution = solve_convolution(plain.weight, segments, statistics, INT8, INT8_ROWS, SearchOptions(**options))
     module = QuantModuleRegistry.convert(copy.deepcopy(plain))
     fill_scales(to_seg_conv(module, solution.layout), solution)
     return plain, module, solution
 
 
-# Measured: 22.0, 37.2, 36.7, 37.7, 39.0, 42.8 and 42.8 dB; the bounds leave 1 dB. The search predicts up to 2 dB less,
-# from half the images by the ranges of the others.
+# Measured: 21.5, 36.9, 36.6, 41.7, 39.2, 43.9 and 43.9 dB; the bounds leave 1 dB, and so does the prediction. One value
+# beyond the range of all calibration images can cost 3 dB, so there are many of them.
 @pytest.mark.parametrize(
     ("segments", "options", "bound"),
     [
         ((C,), {"polarity": "none"}, 21),
         ((C,), {"polarity": "none", "alphas": (None, 0.3, 0.5)}, 36),
         ((4, 8), {"polarity": "none"}, 35.5),
-        ((4, 8), {"polarity": "shift"}, 36.5),
+        ((4, 8), {"polarity": "shift"}, 40.5),
         ((4, 8), {"polarity": "dual"}, 38),
-        ((4, 8), {"polarity": "dual8"}, 41.5),
-        ((4, 8), {"polarity": "auto", "second_product": True, "alphas": (None, 0.3), "clips": (1.0, 0.8)}, 41.5),
+        ((4, 8), {"polarity": "dual8"}, 42.5),
+        ((4, 8), {"polarity": "auto", "second_product": True, "alphas": (None, 0.3), "clips": (1.0, 0.8)}, 42.5),
     ],
     ids=str,
 )
 def test_solutions_on_unseen_images(segments: tuple[int, ...], options: dict[str, Any], bound: float):
     plain, module, solution = solved(segments, **options)
-    x = skip_inputs(100, count=32)
+    x = skip_inputs(100, count=128)
     with torch.no_grad():
         reached = sqnr(plain(x), module(x))
     assert reached > bound
-    assert -0.5 < reached - solution.sqnr < 2.5, "the search predicted another error"
+    assert abs(reached - solution.sqnr) < 1, "the search predicted another error"
 
 
 def test_a_segment_without_negatives_is_not_split():
@@ -291,9 +291,9 @@ def unet_inputs(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]
     }
 
 
-def loop(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+def loop(model: nn.Module, dtype: torch.dtype = torch.float32, calls: int = 6) -> None:
     with torch.no_grad():
-        for seed in range(6):
+        for seed in range(calls):
             model(**unet_inputs(seed, dtype))
 
 
@@ -332,14 +332,14 @@ def test_gain_over_max_and_over_uncut_convolutions():
     config = changed(CONFIG, NO_LINEARS, alpha=None, polarity="none", clip_grid=(1.0,))
 
     def reached(config: dict[str, Any]) -> float:
-        return sqnr(reference, outputs(mtq.quantize(tiny_unet(), config, loop)))
+        return sqnr(reference, outputs(mtq.quantize(tiny_unet(), config, lambda model: loop(model, calls=16))))
 
-    # Measured: 31.5, 32.2 and, with other samples of windows, 32.5 to 34 dB.
+    # Measured: 31.5, 32.1 and 34.8 dB.
     stock, uncut = reached({**config, "algorithm": "max"}), reached(changed(config, segments=False))
     assert uncut == stock
     cut = reached(config)
     assert cut > uncut + 0.4
-    assert reached(changed(CONFIG, NO_LINEARS, alpha="search")) > cut + 0.2
+    assert reached(changed(CONFIG, NO_LINEARS, alpha="search")) > cut + 1
 
 
 def test_calibration_repeats(quantized: nn.Module):

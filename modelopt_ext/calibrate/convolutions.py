@@ -123,7 +123,7 @@ def solve_convolution(
         A solution with one output group over C input channels; per-channel ``weight_amax`` has the shape (N, 1, 1, 1).
     """
     weight = weight.detach().float().flatten(2)
-    samples = [statistics.whole, *statistics.folds()]
+    samples = [statistics.whole, *statistics.fine_folds()]
     chosen = []
     for channels in slices(segments):
         whole, *folds = (_cut(sample, channels, weight) for sample in samples)
@@ -171,7 +171,7 @@ class _Choice:
     alpha: float | None
     smoothing: Tensor  # (c,)
     input_amax: tuple[Tensor, ...]
-    noise: Tensor  # (1,)
+    noise: Tensor  # (folds,)
     signal: float
 
 
@@ -251,12 +251,8 @@ class _Block:
         return self._outputs
 
     def _noise(self, treatment: Treatment, alpha: float | None, clip: float) -> Tensor:
-        """Squared error of the output on all folds, (1,), each rounded with scales fitted to the other's range.
-
-        One sum, not one for each group of rows as for Linears: a share of it is enough to decide. Windows are few and
-        wide, and asking for significance left the convolutions of a tiny UNet unsmoothed, 1.9 dB worse.
-        """
-        total = torch.zeros(1, device=self.weight.device)
+        """Squared error of the output on every fold, (folds,), each rounded with scales fitted to the others' range."""
+        noise = []
         for fold, reference in zip(self.folds, self._references(), strict=True):
             shift, smoothing, amax = self._fit(fold.range, treatment, alpha, clip)
             weight = (self.weight * smoothing[:, None]).flatten(1)
@@ -270,5 +266,5 @@ class _Block:
             output = codes @ rounded.T
             if treatment.shift:  # what the shift took out comes back through the bias
                 output = output + rounded @ (shift / smoothing).repeat_interleave(self.weight.shape[2])
-            total += (output - reference).square().sum()
-        return total.cpu()
+            noise.append((output - reference).square().sum())
+        return torch.stack(noise).cpu()
