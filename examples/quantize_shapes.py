@@ -21,6 +21,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import score_shapes
 import torch
+from diffusers import UNet2DConditionModel
 from pictures import difference, draw_strips
 from PIL import Image
 from shapes_sampling import PIPELINE, load_pipeline, matching, sampling
@@ -60,9 +61,9 @@ def with_algorithm(config: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
     return changed
 
 
-def table_rows() -> dict[str, dict[str, Any]]:
-    """Return the configs to compare, by the name they have in the table."""
-    return {
+def table_rows(unet: bool = False) -> dict[str, dict[str, Any]]:
+    """Return the configs to compare, by the name they have in the table; a UNet's convolutions get one, too."""
+    rows = {
         "ModelOpt INT8_DEFAULT_CFG": mtq.INT8_DEFAULT_CFG,
         "ModelOpt INT8_SMOOTHQUANT_CFG": mtq.INT8_SMOOTHQUANT_CFG,
         "INT8_DEFAULT_CFG, Linears only": linears_only(mtq.INT8_DEFAULT_CFG),
@@ -72,6 +73,9 @@ def table_rows() -> dict[str, dict[str, Any]]:
         "SEGQUANT_INT8_PER_TENSOR_CFG": modelopt_ext.SEGQUANT_INT8_PER_TENSOR_CFG,
         "SEGQUANT_INT8_DYNAMIC_CFG": modelopt_ext.SEGQUANT_INT8_DYNAMIC_CFG,
     }
+    if unet:
+        rows["SEGQUANT_CFG, convolutions too"] = modelopt_ext.with_convolutions(modelopt_ext.SEGQUANT_CFG)
+    return rows
 
 
 PICTURED = ("ModelOpt INT8_SMOOTHQUANT_CFG", "INT8_SMOOTHQUANT_CFG, Linears only", "SEGQUANT_CFG")
@@ -137,8 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison and write its results."""
     start = time.perf_counter()
     options = parse_arguments(arguments)
-    configs = {name: table_rows()[name] for name in matching(table_rows(), options.rows)}
     pipeline = load_pipeline(options.pipeline, options.device)
+    rows = table_rows(unet=isinstance(denoiser_of(pipeline), UNet2DConditionModel))
+    configs = {name: rows[name] for name in matching(rows, options.rows)}
     call = sampling(pipeline, options.steps)
 
     print("sampling full-precision trajectories and images", flush=True)

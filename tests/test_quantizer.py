@@ -446,6 +446,7 @@ def test_refused_before_anything_is_sampled(
     tmp_path: Path,
 ):
     monkeypatch.chdir(tmp_path)  # relative names are free there
+
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the pipeline was run")
 
