@@ -25,6 +25,7 @@ __all__ = [
     "MANIFEST_VERSION",
     "DamagedFilesError",
     "check_replaceable",
+    "check_spares",
     "full_disk_named",
     "replaced_file",
     "sha256_of",
@@ -141,6 +142,26 @@ def check_replaceable(target: Path) -> None:
             f"{target} holds files ({', '.join(sorted(entries)[:3])}) but no model "
             "(config.json, model_index.json or model.onnx) that could be replaced: save to an empty or new directory"
         )
+
+
+def check_spares(target: Path, *sources: str | os.PathLike[str] | None) -> None:
+    """Refuse a directory that can't be replaced without losing what it is made from.
+
+    Args:
+        target: directory to write.
+        sources: files and directories that are read; names that are none of both, and None, are passed over.
+
+    Raises:
+        ValueError: one of them is ``target`` or lies in it.
+    """
+    target = target.expanduser().resolve()
+    for source in sources:
+        path = None if source is None else Path(source).expanduser().resolve()
+        if path is not None and path.exists() and (path == target or target in path.parents):
+            raise ValueError(
+                f"{target} would be replaced as a whole, and {path} with it, which is read: give another directory to "
+                "save to"
+            )
 
 
 def _kept_entries(target: Path) -> list[Path]:

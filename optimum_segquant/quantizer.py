@@ -41,7 +41,7 @@ from .components import choose_components
 from .configs import NamedConfig, is_segquant, resolve_config, with_algorithm
 from .evaluation import RecordedCalls, velocity_sqnr
 from .exports import ExportFormat, check_config, check_export, write_export
-from .files import staged_directory
+from .files import check_spares, staged_directory
 from .pretrained import load_pretrained
 from .quantization_report import (
     REPORT_NAME,
@@ -114,6 +114,7 @@ class SegQuantizer(OptimumQuantizer):
         else:
             raise TypeError(f"expected a diffusers pipeline or a torch.nn.Module, got a {type(model).__name__}")
         self.report: QuantizationReport | None = None
+        self._source: str | os.PathLike[str] | None = None
         self._seconds: dict[str, float] = {}
         self._data: Mapping[str, Runnable] | None = None
 
@@ -139,6 +140,7 @@ class SegQuantizer(OptimumQuantizer):
             return cls(model_or_path, components=components)
         start = time.perf_counter()
         quantizer = cls(load_pretrained(model_or_path, **load_kwargs), components=components)
+        quantizer._source = model_or_path
         quantizer._seconds["load"] = time.perf_counter() - start
         return quantizer
 
@@ -175,8 +177,8 @@ class SegQuantizer(OptimumQuantizer):
 
         Raises:
             FileNotFoundError: no such prompts or config file.
-            ValueError: wrong settings, prompts or config, data in ``cache_dir`` of something else, or a model that does
-                not fit the config or what it is exported to.
+            ValueError: wrong settings, prompts or config, data in ``cache_dir`` of something else, a ``save_dir`` that
+                holds the original, or a model that does not fit the config or what it is exported to.
             FloatingPointError: a model returned NaN or infinity.
             ImportError: what the export needs is not installed.
             OSError: the disk is full; what is in ``save_dir`` and ``cache_dir`` is kept.
@@ -250,6 +252,7 @@ class SegQuantizer(OptimumQuantizer):
         """
         if self.report is None:
             raise ValueError("nothing is quantized yet: call quantize first")
+        check_spares(Path(save_dir), self._source)
         check_export(self.model, self.components, save_dir, export)
         start = time.perf_counter()
         with staged_directory(save_dir) as staged:
@@ -310,6 +313,7 @@ class SegQuantizer(OptimumQuantizer):
         directory = Path(save_dir).expanduser().resolve()
         if folder is not None and (directory == folder.resolve() or directory in folder.resolve().parents):
             raise ValueError(f"cache_dir {folder} is in save_dir, which is replaced as a whole: give another folder")
+        check_spares(directory, self._source)
         check_export(self.model, self.components, save_dir, export)
         for name in self.components:
             check_config(name, configs[name], export)

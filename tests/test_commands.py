@@ -219,6 +219,12 @@ def test_export_and_serve(run: Run, sd3: Path, quantized: Path, tmp_path: Path) 
     assert data["files"]["transformer/model.onnx"] > 100_000
     assert data["bytes"] == sum(data["files"].values())
 
+    for command in (("export", quantized, "--to", "onnx"), ("serve", onnx)):
+        source = command[1]
+        before = sorted(source.rglob("*"))
+        assert f"and {source} with it, which is read" in refused(run(*command, "--output", source))
+        assert sorted(source.rglob("*")) == before
+
     sizes = ["--image-sizes", "16x16", "--max-images", "2", "--call", "max_sequence_length=16"]
     out = succeeded(run("serve", onnx, "--output", repository, "--device", "cpu", *sizes))
     assert "tritonserver --model-repository=" in out
@@ -296,14 +302,18 @@ def test_benchmark_measures_three_forms(run: Run, sd3: Path) -> None:
             "`height` and `width` have to be divisible",
         ),
         (("{sd3}", "--output", "{sd3}/transformer/config.json"), "is a file: give the name of a directory to save to"),
+        (("{sd3}", "--output", "{sd3}"), "{sd3} would be replaced as a whole, and {sd3} with it"),
+        (("{sd3}/transformer", "--output", "{sd3}"), "and {sd3}/transformer with it, which is read: give another"),
         (("--config", "missing.yaml"), "there is no config file missing.yaml"),
     ],
     ids=lambda value: "" if isinstance(value, tuple) else value[:30],
 )
 def test_mistakes_are_one_line(run: Run, sd3: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     filled = [argument.format(sd3=sd3, out=tmp_path / "out") for argument in arguments]
-    assert message in refused(run("quantize", *filled))
+    before = sorted(sd3.rglob("*"))
+    assert message.format(sd3=sd3) in refused(run("quantize", *filled))
     assert list(tmp_path.iterdir()) == []
+    assert sorted(sd3.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

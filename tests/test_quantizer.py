@@ -456,6 +456,16 @@ def test_refused_before_anything_is_sampled(
     assert "\n" not in str(caught.value)
 
 
+def test_the_original_is_not_replaced(tmp_path: Path):
+    """A directory is written as a whole: neither the model's own nor one that it lies in."""
+    tiny_sd3_pipeline().save_pretrained(tmp_path / "sd3")
+    before = sorted(tmp_path.rglob("*"))
+    for source in ("sd3", "sd3/transformer"):
+        with pytest.raises(ValueError, match="would be replaced as a whole"):
+            SegQuantizer.from_pretrained(tmp_path / source).quantize(tmp_path / "sd3", DYNAMIC)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_components_that_are_not_there_or_quantized_already(untouched: Any):
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline has no unet; its models are text_encoder, text_enc"):
         SegQuantizer(untouched, components=["transformer", "unet"])

@@ -42,10 +42,11 @@ class ExportCommand(SegQuantSubcommand):
     def work(values: Namespace) -> Result:
         """Load and write."""
         from optimum_segquant import export_native, export_onnx
-        from optimum_segquant.files import check_replaceable
+        from optimum_segquant.files import check_replaceable, check_spares
 
         output = Path(values.output).expanduser()
         check_replaceable(output.resolve())
+        check_spares(output, values.source, values.config)
         pipeline = load(values.source, values)
         if values.to == "native":
             export_native(pipeline, output, max_shard_size=values.max_shard_size)

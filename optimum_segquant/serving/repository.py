@@ -30,7 +30,7 @@ from onnx.external_data_helper import uses_external_data
 
 from modelopt_ext.export.trtexec import profile_shapes
 
-from ..files import MANIFEST_NAME, staged_directory, verify_manifest, write_manifest
+from ..files import MANIFEST_NAME, check_spares, staged_directory, verify_manifest, write_manifest
 from ..provenance import EXPORT_RECORD, read_export_record
 from ..quantization_report import REPORT_NAME
 from .check import check_model_repository
@@ -90,14 +90,15 @@ def write_model_repository(
 
     Raises:
         DamagedFilesError: files of ``export_dir`` are missing, truncated or altered.
-        ValueError: there is no such component, the back end does not take the files, or a size does not fit; nothing
-            was written.
+        ValueError: there is no such component, the back end does not take the files, a size does not fit, or
+            ``export_dir`` would be replaced; nothing was written.
         ConfigError: what was written does not fit the files, which would be a mistake here; nothing was written.
         OSError: the disk is full; what was in ``repository`` is still there.
     """
     source = Path(export_dir)
     if not source.is_dir():
         raise ValueError(f"{source} is no directory: export the pipeline first, export_onnx(pipeline, directory)")
+    check_spares(Path(repository), source)
     verify_manifest(source, required=False)
     plan = _plan(source, components, image_sizes, max_images, dict(call_arguments or {}), sizes, name)
     backends = _by_component(backend, plan, "backend", _backend_of)
