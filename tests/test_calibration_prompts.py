@@ -99,6 +99,18 @@ def test_files(name: str, text: str | bytes, tmp_path: Path):
     assert read_prompts(str(path), limit=1) == TWO[:1]
 
 
+def test_lines_end_where_the_format_says(tmp_path: Path):
+    """Unicode has more line breaks than these formats: one inside of a prompt does not cut it."""
+    odd = "a red\u2028circle\x85on the left\x0bside"
+    for name, text in (
+        ("p.txt", f"{odd}\nb\n"),
+        ("p.jsonl", json.dumps(odd, ensure_ascii=False) + '\n"b"\n'),
+        ("p.csv", f'prompt\n{odd}\n"b"\n'),
+    ):
+        assert read_prompts(file(tmp_path, name, text)) == (odd, "b"), name
+    assert read_prompts(file(tmp_path, "p.csv", 'prompt\r\n"a\r\nb"\r\n')) == ("a\nb",)
+
+
 def test_a_column_can_be_named(tmp_path: Path):
     path = file(tmp_path, "p.csv", 'id,text,long\n1,x,"a red circle"\n2,y,"a blue square, ""quoted"""\n')
     assert read_prompts(path, column="long") == ("a red circle", 'a blue square, "quoted"')
@@ -150,6 +162,9 @@ def test_a_dataset_by_name_or_directory(tmp_path: Path, monkeypatch: pytest.Monk
         ("p.json", '{"prompt": "x"}', r"expected a list of strings, a list of objects or an object of equally long"),
         ("p.jsonl", '"x"\n{', r"p\.jsonl is no valid JSONL \(line 2: "),
         ("p.csv", 'a,b\n"x', r"p\.csv is no valid CSV"),
+        ("p.csv", "prompt\na red circle, on the left\n", r"line 2 has more fields than the header: .* in quotes"),
+        ("p.json", '{"prompt": ["x", "y"], "id": [1]}', r"or an object of equally long lists"),
+        ("p.json", '[{"prompt": "x"}, {"promt": "y"}]', r"row 2 has no column 'prompt'; it has promt"),
         ("p.pdf", "x", r"p\.pdf: name prompts files by what they hold, \.txt, \.json, \.jsonl, \.csv"),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import itertools
 import json
 import os
@@ -181,13 +182,14 @@ def _read_json(text: str) -> Iterable[Any]:
     content = json.loads(text)
     if isinstance(content, list):
         return content
-    if isinstance(content, dict) and content and all(isinstance(column, list) for column in content.values()):
-        return [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)]
+    columns = list(content.values()) if isinstance(content, dict) else []
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
     raise ValueError("expected a list of strings, a list of objects or an object of equally long lists")
 
 
 def _read_jsonl(text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(_lines(text), start=1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -195,12 +197,23 @@ def _read_jsonl(text: str) -> Iterator[Any]:
                 raise ValueError(f"line {number}: {error}") from error
 
 
-def _read_csv(text: str) -> Iterable[Any]:
-    return csv.DictReader(text.splitlines(keepends=True), strict=True)
+def _read_csv(text: str) -> Iterator[Any]:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    for row in reader:
+        if None in row:  # what is behind the last column, as after a comma in a prompt without quotes
+            raise ValueError(
+                f"line {reader.line_num} has more fields than the header: write texts with commas in quotes"
+            )
+        yield row
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of a text; ``splitlines`` would also cut at the line breaks of Unicode, which a prompt may hold."""
+    return text.split("\n")
 
 
 _READERS: dict[str, Callable[[str], Iterable[Any]]] = {
-    ".txt": str.splitlines,
+    ".txt": _lines,
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
@@ -214,7 +227,9 @@ def _texts(rows: Iterable[Any], column: str | None, where: str) -> Iterator[str]
         value = row
         if isinstance(row, Mapping):
             chosen = chosen or _column(row, column, where)
-            value = row.get(chosen)
+            if chosen not in row:
+                raise ValueError(f"{where}, row {number} has no column {chosen!r}; it has {', '.join(map(str, row))}")
+            value = row[chosen]
         elif column is not None and not isinstance(row, Mapping):
             raise ValueError(f"{where} has no columns, so {column!r} can't be taken: leave the column out")
         if value is None:
