@@ -77,6 +77,16 @@ def test_few_rows_give_the_references_numbers(rows: int, zero: int, per_token: b
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
 
 
+def test_scales_of_groups_that_do_not_lie_side_by_side() -> None:
+    groups, segments = 3, 2
+    a, a2, b = codes(groups * 4, 64, 0), codes(groups * 4, 64, 1), codes(groups * 16, 64, 2)
+    table, table2 = torch.rand(2, groups, segments, device=DEVICE).unbind()
+    scale_b = torch.rand(groups * 16, device=DEVICE)
+    operands = Operands(a, b, table[:, 1:], scale_b, a2=a2, scale_a2=table2[:, 1:], groups=groups)
+    found = launch_few_rows(_few_rows.fn, operands, torch.float32, **FEW)
+    torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
+
+
 def test_a_segment_of_strided_operands_and_half_precision_output() -> None:
     wide, b = codes(20, 128, 0), codes(48, 128, 1)
     a, part = wide[:, 32:96], b[:, 64:]

@@ -480,8 +480,9 @@ def _arguments(operands: Operands, out: Tensor) -> tuple[Any, ...]:
         a2,
         b,
         out,
-        operands.scale_a,
-        operands.scale_a if operands.scale_a2 is None else operands.scale_a2,
+        # Static scales are columns of a table with one for each group and segment.
+        operands.scale_a.contiguous(),
+        (operands.scale_a if operands.scale_a2 is None else operands.scale_a2).contiguous(),
         operands.scale_b.contiguous(),
         operands.scale_b if operands.bias is None else operands.bias,
         b if operands.sum_b is None else operands.sum_b.contiguous(),
