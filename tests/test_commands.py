@@ -239,6 +239,7 @@ def test_export_and_serve(run: Run, sd3: Path, quantized: Path, tmp_path: Path) 
     succeeded(run("serve", repository, *generate))
     with Image.open(image) as picture:
         assert picture.size == (16, 16)
+    assert "takes no argument 'heigth'" in refused(run("serve", repository, *generate, "--call", "heigth=16"))
     message = refused(run("serve", repository, *generate, "--url", "http://127.0.0.1:9"))
     assert message.startswith("no server is ready at http://127.0.0.1:9: start it")
 
@@ -302,6 +303,12 @@ def test_benchmark_measures_three_forms(run: Run, sd3: Path) -> None:
             "`height` and `width` have to be divisible",
         ),
         (("{sd3}", "--output", "{sd3}/transformer/config.json"), "is a file: give the name of a directory to save to"),
+        (("{sd3}", "--output", "{out}", "--preset", "transformer=SEGQUANT_CFG,unet"), "--preset: write NAME=PRESET"),
+        (("{sd3}", "--output", "{out}", "--preset", "a=x,a=y"), "--preset: a has two presets, x and y: keep one"),
+        (
+            ("{sd3}", "--output", "{out}", "--call", "heigth=1", "--call", "width=16"),
+            "no argument 'heigth', is 'height'",
+        ),
         (("{sd3}", "--output", "{sd3}"), "{sd3} would be replaced as a whole, and {sd3} with it"),
         (("{sd3}/transformer", "--output", "{sd3}"), "and {sd3}/transformer with it, which is read: give another"),
         (("--config", "missing.yaml"), "there is no config file missing.yaml"),
@@ -322,6 +329,7 @@ def test_mistakes_are_one_line(run: Run, sd3: Path, tmp_path: Path, arguments: t
         ("stepps: 4", "'stepps' is unknown, is 'steps' meant?; the keys are model, output"),
         ("steps: many", "steps must be a whole number, got 'many'"),
         ("overwrite: 1", "overwrite must be true or false, got 1"),
+        ("preset: {transformer: [SEGQUANT_CFG]}", "transformer needs the name of a preset or a YAML file, got ['SEG"),
         ("call: [1]", "call must be a mapping of names to values, got [1]"),
         ("export: onx", "export must be one of segquant, native, onnx, tensorrt, got 'onx', is 'onnx' meant?"),
         ("- a", "holds no options: write one a line"),
@@ -425,6 +433,21 @@ def test_quantized_models_are_not_inspected_or_quantized_again(run: Run, quantiz
 def test_mistakes_of_serve(run: Run, sd3: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     filled = [argument.format(sd3=sd3, out=tmp_path / "out") for argument in arguments]
     assert message in refused(run("serve", *filled))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_arguments_of_the_pipeline(run: Run, sd3: Path, tmp_path: Path) -> None:
+    sampling = [("quantize", sd3, "--output", tmp_path / "out"), ("evaluate", sd3, sd3, "--metrics", "psnr")]
+    single = [("benchmark", sd3), ("inspect", sd3, "--inputs", "real")]
+    for commands, argument, message in (
+        (sampling, "num_inference_steps=4", "--call num_inference_steps: write --steps instead"),
+        (sampling, "prompt=a", "--call prompt: write --prompts instead"),
+        (sampling + single, "output_type=pt", "--call output_type: leave it out"),
+        (sampling + single, "seeds=3", "StableDiffusion3Pipeline takes no argument 'seeds'"),
+        (sampling + single, "heigth=16", "StableDiffusion3Pipeline takes no argument 'heigth', is 'height' meant?"),
+    ):
+        for command in commands:
+            assert message in refused(run(*command, "--call", argument))
     assert list(tmp_path.iterdir()) == []
 
 

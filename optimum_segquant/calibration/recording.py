@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import logging
 import os
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from ..components import choose_components, denoisers_of, family_of
 from ..evaluation import DenoiserCall
 from ..evaluation.recorder import TIMESTEP_NAMES, CallRecorder, StepClock
-from ..evaluation.sampling import run_pipeline, takes_prompts
+from ..evaluation.sampling import check_call_arguments, run_pipeline, takes_prompts
 from .cache import CachedCalls, CalibrationCache
 from .identity import identity
 from .settings import CalibrationBatch, CalibrationSettings
@@ -154,14 +153,7 @@ def _resolved(settings: CalibrationSettings, pipeline: Any) -> CalibrationSettin
             argument of the settings.
     """
     total, known = settings.num_inference_steps, inspect.signature(pipeline.__call__).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        for name in (*settings.call_kwargs, *settings.per_prompt_kwargs):
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise ValueError(
-                    f"{type(pipeline).__name__} takes no argument {name!r}"
-                    + (f", is {near[0]!r} meant?" if near else f": it takes {', '.join(known)}")
-                )
+    check_call_arguments(pipeline, (*settings.call_kwargs, *settings.per_prompt_kwargs))
     if total is None:
         parameter = known.get("num_inference_steps")
         total = None if parameter is None else parameter.default

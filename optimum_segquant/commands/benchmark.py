@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from .base import Result, SegQuantSubcommand
-from .models import CALL, LOADING, load
+from .models import CALL, LOADING, call_of, load
 from .options import Option
 
 __all__ = ["BenchmarkCommand"]
@@ -56,6 +56,6 @@ class BenchmarkCommand(SegQuantSubcommand):
             batch_size=values.batch_size,
             seed=values.seed,
             compiled=values.compile,
-            **(values.call or {}),
+            **call_of(values, pipeline),
         )
         return Result({"preset": config.name, **found.to_dict()}, f"{config.name}\n{found.table()}")

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from .base import Result, SegQuantSubcommand
-from .models import CALL, LOADING, PROMPTS, load, load_any
+from .models import CALL, LOADING, PROMPTS, call_of, load, load_any
 from .options import Option
 
 __all__ = ["EvaluateCommand"]
@@ -61,10 +61,12 @@ class EvaluateCommand(SegQuantSubcommand):
             prompts = held_out_prompts(values.num_prompts or NUM_PROMPTS)
         else:
             prompts = read_prompts(values.prompts, limit=values.num_prompts)
+        call_of(values)
+        reference, quantized = load(values.reference, values), load_any(values.quantized, values)
         steps = {} if values.steps is None else {"num_inference_steps": values.steps}
         result = evaluate(
-            load(values.reference, values),
-            load_any(values.quantized, values),
+            reference,
+            quantized,
             prompts,
             seeds=values.seed,
             batch_size=values.batch_size,
@@ -72,7 +74,7 @@ class EvaluateCommand(SegQuantSubcommand):
             weights=values.weights,
             progress=values.progress,
             **steps,
-            **(values.call or {}),
+            **call_of(values, reference),
         )
         text = result.summary()
         if values.output is not None:

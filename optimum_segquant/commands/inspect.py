@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Result, SegQuantSubcommand
-from .models import CALL, LOADING, load
+from .models import CALL, LOADING, call_of, load
 from .options import Option
 
 __all__ = ["InspectCommand"]
@@ -102,7 +102,7 @@ def _real_call(pipeline: Any, values: Namespace) -> Any:
     from optimum_segquant.evaluation.sampling import run_pipeline
 
     def call() -> None:
-        arguments = {"num_inference_steps": 2, **(values.call or {})}
+        arguments = {"num_inference_steps": 2, **call_of(values, pipeline)}
         run_pipeline(pipeline, default_prompts(1), seeds=values.seed, batch_size=1, output_type="latent", **arguments)
 
     return call

@@ -11,7 +11,7 @@ from typing import Any
 
 from .options import Option
 
-__all__ = ["CALL", "DTYPES", "LOADING", "PROMPTS", "finite", "load", "load_any", "preset"]
+__all__ = ["CALL", "DTYPES", "LOADING", "PROMPTS", "call_of", "finite", "load", "load_any", "preset"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,13 +32,58 @@ PROMPTS = (
 )
 
 
+_OWN = {
+    "num_inference_steps": ("steps",),
+    "prompt": ("prompts", "prompt"),
+    "generator": ("seed",),
+    "output_type": (),
+    "return_dict": (),
+    "callback_on_step_end": (),
+}
+"""Arguments of a pipeline that commands give themselves, and the options that say what."""
+
+
+def call_of(values: Namespace, pipeline: Any = None) -> dict[str, Any]:
+    """The arguments of ``--call``.
+
+    Args:
+        values: of all options.
+        pipeline: that is called with them, to refuse what it does not take; None if it is not loaded yet.
+
+    Raises:
+        ValueError: one that the command gives itself, or that the pipeline does not take.
+    """
+    call = dict(values.call or {})
+    for name, options in _OWN.items():
+        option = next((option for option in options if hasattr(values, option)), None)
+        free = name == "num_inference_steps" and option is None  # a command that has no use for trajectories
+        if name in call and not free:
+            raise ValueError(f"--call {name}: {'leave it out' if option is None else f'write --{option} instead'}")
+    if pipeline is not None:
+        from optimum_segquant.evaluation.sampling import check_call_arguments
+
+        check_call_arguments(pipeline, call)
+    return call
+
+
 def preset(value: Any) -> Any:
     """A preset's name, a YAML file, or one of either for each component."""
     if isinstance(value, dict):
-        return {str(name): str(item) for name, item in value.items()}
-    if "=" in value:
-        return dict(item.split("=", 1) for item in value.split(","))
-    return value
+        for name, item in value.items():
+            if not isinstance(item, str):
+                raise ValueError(f"{name} needs the name of a preset or a YAML file, got {item!r}")
+        return {str(name): item for name, item in value.items()}
+    if "=" not in value or Path(value).expanduser().is_file():
+        return value
+    found: dict[str, str] = {}
+    for part in value.split(","):
+        name, equals, item = part.strip().partition("=")
+        if not (name and equals and item):
+            raise ValueError(f"write NAME=PRESET for every component, as in a=SEGQUANT_CFG,b=my.yaml; got {part!r}")
+        if name in found:
+            raise ValueError(f"{name} has two presets, {found[name]} and {item}: keep one")
+        found[name] = item
+    return found
 
 
 def load(source: str, values: Namespace) -> Any:

@@ -75,7 +75,7 @@ def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:
             continue
         arguments["metavar"] = option.metavar or ("|".join(option.choices) if option.choices else option.name.upper())
         if option.kind in ("list", "mapping"):
-            arguments["nargs"] = "+"
+            arguments |= {"nargs": "+", "action": "extend"}  # given twice, both count
         if option.kind == "mapping":
             arguments["metavar"] = option.metavar or "KEY=VALUE"
         if option.positional:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Result, SegQuantSubcommand
-from .models import CALL, LOADING, PROMPTS, load, preset
+from .models import CALL, LOADING, PROMPTS, call_of, load, preset
 from .options import Option
 
 __all__ = ["QuantizeCommand"]
@@ -82,7 +82,7 @@ class QuantizeCommand(SegQuantSubcommand):
             batch_size=values.batch_size,
             seed=values.seed,
             max_calls=values.max_calls,
-            call_kwargs=values.call or {},
+            call_kwargs=call_of(values),
         )
         model = load(values.model, values)
         result = SegQuantizer(model, components=values.components).quantize(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Result, SegQuantSubcommand
-from .models import CALL, finite
+from .models import CALL, call_of, finite
 from .options import Option
 
 __all__ = ["ServeCommand"]
@@ -154,7 +154,7 @@ def _generate(source: Path, values: Namespace) -> Result:
     pipeline.set_progress_bar_config(disable=True)
     steps = {} if values.steps is None else {"num_inference_steps": values.steps}
     generator = torch.Generator().manual_seed(values.seed)
-    image = pipeline(values.prompt, generator=generator, **steps, **(values.call or {})).images[0]
+    image = pipeline(values.prompt, generator=generator, **steps, **call_of(values, pipeline)).images[0]
     path = Path(values.image).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,24 @@ def takes_prompts(pipeline: Any) -> bool:
     return "prompt" in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
+def check_call_arguments(pipeline: Any, names: Iterable[str]) -> None:
+    """Refuse arguments that a pipeline does not take, before it computes anything.
+
+    Raises:
+        ValueError: names the first one, and what was probably meant.
+    """
+    known = inspect.signature(pipeline.__call__).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"{type(pipeline).__name__} takes no argument {name!r}"
+                + (f", is {near[0]!r} meant?" if near else f": it takes {', '.join(known)}")
+            )
+
+
 def run_pipeline(
     pipeline: Any,
     prompts: Sequence[str],
@@ -125,7 +144,7 @@ def run_pipeline(
 
     Raises:
         ValueError: empty or malformed prompts or seeds, a batch size below one, or an argument that this function
-            fills in itself.
+            fills in itself or the pipeline does not take.
     """
     seed_list = resolve_seeds(prompts, seeds)
     if batch_size < 1:
@@ -137,6 +156,7 @@ def run_pipeline(
             )
     if by_prompt and not takes_prompts(pipeline):
         raise ValueError(f"{type(pipeline).__name__} takes no prompt: only text-conditioned pipelines can be evaluated")
+    check_call_arguments(pipeline, call_kwargs)
     outputs = []
     with isolated_rng(seed_list[0]), undisturbed(pipeline), torch.no_grad():
         for start in range(0, len(prompts), batch_size):
