@@ -87,6 +87,18 @@ def test_scales_of_groups_that_do_not_lie_side_by_side() -> None:
     torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
 
 
+def test_tiles_are_chosen_anew_for_groups_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_few_rows, "cache", {})
+    monkeypatch.setattr(_few_rows, "cache_results", False)
+    monkeypatch.setattr(_few_rows, "_bench", lambda *_, config, **__: [-config.kwargs["BLOCK_N"]])  # the widest wins
+    b, scale_b = codes(96, 64, 0), torch.rand(96, device=DEVICE)
+    for groups in (1, 2):  # 96 columns, then 48
+        a, scale = codes(groups * 4, 64, groups), torch.rand(groups, 1, device=DEVICE)
+        operands = Operands(a, b, scale, scale_b, groups=groups)
+        found = launch_few_rows(_few_rows, operands, torch.float32)
+        torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
+
+
 def test_a_segment_of_strided_operands_and_half_precision_output() -> None:
     wide, b = codes(20, 128, 0), codes(48, 128, 1)
     a, part = wide[:, 32:96], b[:, 64:]

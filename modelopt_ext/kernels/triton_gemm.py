@@ -239,7 +239,7 @@ def _dividing(configs: list[triton.Config], named_args: dict[str, Any], **kwargs
 
 @triton.autotune(
     configs=_few_rows_configs(),
-    key=["N", "K", "DUAL"],
+    key=["N", "K", "GROUP_COLUMNS", "DUAL"],
     prune_configs_by={"early_config_prune": _dividing},
     cache_results=True,
 )
