@@ -26,6 +26,7 @@ __all__ = [
     "DamagedFilesError",
     "check_replaceable",
     "check_spares",
+    "check_writable",
     "full_disk_named",
     "replaced_file",
     "sha256_of",
@@ -162,6 +163,35 @@ def check_spares(target: Path, *sources: str | os.PathLike[str] | None) -> None:
                 f"{target} would be replaced as a whole, and {path} with it, which is read: give another directory to "
                 "save to"
             )
+
+
+def check_writable(path: str | os.PathLike[str], *, example: str, endings: Iterable[str] = ()) -> Path:
+    """Refuse the name of a file that can't be written, before the work that it is to hold.
+
+    Args:
+        path: of the file; its folder need not exist.
+        example: a good name, for messages.
+        endings: that it may have, with their dots, in lower case; by default any.
+
+    Returns:
+        The path, with ``~`` expanded.
+
+    Raises:
+        ValueError: another ending.
+        IsADirectoryError, NotADirectoryError, PermissionError: there is no such place for a file.
+    """
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a directory: give the name of a file, such as {target / example}")
+    allowed = sorted(endings)
+    if allowed and target.suffix.lower() not in allowed:
+        raise ValueError(f"{target} must end in {', '.join(allowed)}, such as {target.with_name(example)}")
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{target} can't be written, {folder} is a file: give another name")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{target} can't be written, {folder} is not yours to write to: give another name")
+    return target
 
 
 def _kept_entries(target: Path) -> list[Path]:

@@ -451,6 +451,22 @@ def test_wrong_arguments_of_the_pipeline(run: Run, sd3: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_are_looked_at_before_the_work(
+    run: Run, sd3: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_segquant.pretrained.load_pretrained", None)
+        assert "is a directory" in refused(run("quantize", sd3, "--output", out, "--report", tmp_path, *QUICK))
+        assert "is a directory" in refused(run("evaluate", sd3, quantized, "--output", tmp_path, "--metrics", "psnr"))
+        assert "x.xyz must end in " in refused(run("inspect", sd3, "--plot", tmp_path / "x.xyz"))
+        assert "is a directory" in refused(run("inspect", sd3, "--output", tmp_path))
+        assert "x.xyz must end in " in refused(run("serve", sd3, "--prompt", "a", "--image", tmp_path / "x.xyz"))
+    assert list(tmp_path.iterdir()) == []
+    succeeded(run("inspect", sd3, "--output", tmp_path / "new" / "plan.json"))
+    assert (tmp_path / "new" / "plan.json").is_file()
+
+
 def test_other_mistakes(run: Run, sd3: Path, tmp_path: Path) -> None:
     assert "invalid choice: 'quantise'" in refused(run("quantise"))
     assert "no component" in refused(run("export", sd3, "--to", "native", "--output", tmp_path / "out"))

@@ -12,6 +12,7 @@ from optimum_segquant import files
 from optimum_segquant.files import (
     MANIFEST_NAME,
     DamagedFilesError,
+    check_writable,
     sha256_of,
     staged_directory,
     verify_manifest,
@@ -218,3 +219,15 @@ def test_damaged_manifests(saved, content, message):
     (saved / MANIFEST_NAME).write_text(content)
     with pytest.raises(DamagedFilesError, match=message):
         verify_manifest(saved)
+
+
+def test_a_place_for_a_file_is_looked_at_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert check_writable(tmp_path / "new" / "a.HTML", example="r.html", endings=[".html"]).name == "a.HTML"
+    with pytest.raises(IsADirectoryError, match=f"is a directory: give the name of a file, such as {tmp_path}/r.html"):
+        check_writable(tmp_path, example="r.html")
+    with pytest.raises(NotADirectoryError, match="file is a file: give another name"):
+        check_writable(tmp_path / "file" / "sub" / "r.html", example="r.html")
+    with pytest.raises(ValueError, match=r"a\.xyz must end in \.png, \.svg, such as .*/r\.png"):
+        check_writable(tmp_path / "a.xyz", example="r.png", endings=[".svg", ".png"])
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file"]

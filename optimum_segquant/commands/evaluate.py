@@ -56,7 +56,10 @@ class EvaluateCommand(SegQuantSubcommand):
 
         metrics = check_metrics(values.metrics or METRICS)
         if values.output is not None:
+            from optimum_segquant.files import check_writable
             from optimum_segquant.report import write_report  # raises if what it draws with is missing
+
+            check_writable(values.output, example="report.html")
         if values.prompts is None:
             prompts = held_out_prompts(values.num_prompts or NUM_PROMPTS)
         else:

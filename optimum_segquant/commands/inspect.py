@@ -50,21 +50,30 @@ class InspectCommand(SegQuantSubcommand):
     @staticmethod
     def work(values: Namespace) -> Result:
         """Record, print, draw."""
-        from optimum_segquant.files import replaced_file
+        from optimum_segquant.files import check_writable, replaced_file
 
+        if values.output is not None:
+            check_writable(values.output, example="plan.json")
         if values.plot is not None:
+            from matplotlib.backend_bases import FigureCanvasBase
+
             from optimum_segquant.report import draw_plan  # raises if matplotlib is missing
+
+            kinds = [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()]
+            check_writable(values.plot, example="plan.png", endings=kinds)
         name, model, plan = _plan(values)
         lines = [f"{name} ({type(model).__name__}): {plan.summary()}", "", plan.table(trivial=values.all)]
         if values.output is not None:
-            plan.save(values.output)
+            path = Path(values.output).expanduser()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            plan.save(path)
             lines.append(f"\nplan: {values.output}")
         if values.plot is not None:
             path = Path(values.plot).expanduser()
             path.parent.mkdir(parents=True, exist_ok=True)
             figure = draw_plan(plan, trivial=values.all)
             with replaced_file(path) as partial:
-                figure.savefig(partial, dpi=150, format=path.suffix.removeprefix(".") or "png")
+                figure.savefig(partial, dpi=150, format=path.suffix.removeprefix("."))
             lines.append(f"\npicture: {values.plot}")
         data = {"component": name, "model": type(model).__name__, "summary": plan.summary(), "plan": plan.to_dict()}
         return Result(data, "\n".join(lines))

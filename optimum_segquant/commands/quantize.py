@@ -65,12 +65,14 @@ class QuantizeCommand(SegQuantSubcommand):
         """Quantize and write."""
         from optimum_segquant.calibration import CalibrationSettings
         from optimum_segquant.configs import resolve_config
-        from optimum_segquant.files import check_replaceable, check_spares
+        from optimum_segquant.files import check_replaceable, check_spares, check_writable
         from optimum_segquant.quantizer import SegQuantizer
 
         # Whatever can be wrong is looked at before a model is loaded.
         check_replaceable(Path(values.output).expanduser().resolve())
         check_spares(Path(values.output), values.model, values.prompts, values.config)
+        if values.report is not None:
+            check_writable(values.report, example="report.html")
         for name in values.preset.values() if isinstance(values.preset, dict) else [values.preset]:
             resolve_config(name)
         settings = CalibrationSettings.read(

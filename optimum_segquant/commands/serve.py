@@ -148,14 +148,18 @@ def _seal(source: Path) -> Result:
 def _generate(source: Path, values: Namespace) -> Result:
     import torch
 
+    from PIL import Image
+
+    from optimum_segquant.files import check_writable
     from optimum_segquant.serving import served_pipeline
 
+    endings = [ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE]
+    path = check_writable(values.image, example="image.png", endings=endings)
     pipeline = served_pipeline(source, values.url)
     pipeline.set_progress_bar_config(disable=True)
     steps = {} if values.steps is None else {"num_inference_steps": values.steps}
     generator = torch.Generator().manual_seed(values.seed)
     image = pipeline(values.prompt, generator=generator, **steps, **call_of(values, pipeline)).images[0]
-    path = Path(values.image).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     return Result({"image": str(path), "size": list(image.size)}, f"{path} is written")

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from modelopt_ext import SegmentPlan
 
 from ..evaluation import Evaluation
-from ..files import full_disk_named, replaced_file
+from ..files import check_writable, full_disk_named, replaced_file
 from ..versions import versions
 from .drawings import LayerView, PlanView, Plot, layer_view, plan_view, trajectory
 from .gallery import Pair, pairs_of
@@ -103,7 +103,7 @@ def write_report(
 
     Raises:
         ValueError: neither an evaluation nor a quantization report, or a limit that is not positive.
-        IsADirectoryError: ``path`` is a directory.
+        IsADirectoryError, NotADirectoryError: ``path`` is a directory, or its folder a file.
         OSError: the disk is full; an older file is as before.
     """
     if evaluation is None and quantization is None:
@@ -116,11 +116,7 @@ def write_report(
         )
     if max_images < 0 or image_size < 16:
         raise ValueError("max_images must not be negative, and image_size at least 16 pixels")
-    target = Path(path).expanduser()
-    if target.is_dir():
-        raise IsADirectoryError(
-            f"{target} is a directory: give the name of an HTML file, such as {target / 'report.html'}"
-        )
+    target = check_writable(path, example="report.html")
     text = render(_page(evaluation, report, plan, config, title, max_images, image_size))
     target.parent.mkdir(parents=True, exist_ok=True)
     with full_disk_named(f"writing {target}", "free some space and write it again"), replaced_file(target) as partial:
