@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -125,6 +128,34 @@ def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: p
         monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
     found = triton_gemm.launch_gemm(operands, torch.float32, bare)
     torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
+
+
+def test_kernels_run_on_the_device_of_their_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, launched = [0], []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        assert device.index is not None
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *_, **__: launched.append(current[0])
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
+    with FakeTensorMode():
+        for device in ("cuda:0", "cuda:1"):
+            make = partial(torch.empty, device=device)
+            launch(Kernel(), make(100, 64), None, None, None, None, (64,), (0,), 127.0, -128.0, 127.0, 128)
+            for rows in (100, 4):
+                a, b = (make(n, 64, dtype=torch.int8) for n in (rows, 32))
+                triton_gemm.launch_gemm(Operands(a, b, make(1, 1), make(32)), torch.float32, lambda _: Kernel())
+    assert launched == [0, 0, 0, 1, 1, 1]
+    assert current == [0]
 
 
 class _WithTiles:

@@ -8,6 +8,7 @@ line says once.
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -84,6 +85,13 @@ def code_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
 def launches_directly() -> bool:
     """Whether nothing traces or compiles what runs."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of ``x`` the current one, where Triton launches: a device map's hooks move tensors, not that."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def fp8_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:

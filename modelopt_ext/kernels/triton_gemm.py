@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from .cuda import on_device_of
 from .operands import Operands
 from .scaled_mm import FEW_ROWS
 
@@ -395,9 +396,10 @@ def launch_gemm(
         b=_with_contiguous_rows(operands.b),
         a2=None if operands.a2 is None else _with_contiguous_rows(operands.a2),
     )
-    if operands.rows <= FEW_ROWS:
-        return launch_few_rows(wrap(_few_rows), operands, out_dtype)
-    return launch_tiles(wrap(_tiles), operands, out_dtype, _tma_fits(operands, out_dtype))
+    with on_device_of(operands.a):
+        if operands.rows <= FEW_ROWS:
+            return launch_few_rows(wrap(_few_rows), operands, out_dtype)
+        return launch_tiles(wrap(_tiles), operands, out_dtype, _tma_fits(operands, out_dtype))
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ..formats import E4M3_MAX, SMALLEST_AMAX, QuantFormat
-from .cuda import launches_directly
+from .cuda import launches_directly, on_device_of
 from .rounding import Quantized, offset_of
 
 POLARITIES = ("none", "dual", "dual8")
@@ -212,43 +212,44 @@ def launch(
     ends = list(accumulate(segments))
     most_rows, most_channels, warps = block or (PER_TOKEN_BLOCK if per_token else STATIC_BLOCK)
     together = min(most_rows, triton.next_power_of_2(rows))
-    for segment, (size, sign) in enumerate(zip(segments, polarity, strict=True)):
-        width = min(triton.next_power_of_2(size), most_channels)
-        blocks = triton.cdiv(size, width)
-        unsigned = POLARITIES[sign] == "dual8"
-        top = 2.0 * high + 1 if unsigned else high
-        kernel[(triton.cdiv(rows, together), 1 if per_token else blocks, groups)](
-            x,
-            x if shift is None else shift,
-            x if smoothing is None else smoothing,
-            x if scale is None else scale.contiguous(),
-            x if scale_negative is None else scale_negative.contiguous(),
-            codes,
-            codes2,
-            scales,
-            scales2,
-            rows,
-            channels,
-            x.stride(0),
-            ends[segment] - size,
-            size,
-            segment,
-            len(segments),
-            SMALLEST=SMALLEST_AMAX,
-            LARGEST_CODE=top if unsigned else largest_code,
-            LOW=0.0 if unsigned else low,
-            HIGH=top,
-            OFFSET=float(offset) if unsigned else 0.0,
-            FP8=fp8,
-            POLARITY=sign,
-            HAS_SHIFT=shift is not None,
-            HAS_SMOOTHING=smoothing is not None,
-            PER_TOKEN=per_token,
-            ROWS=together,
-            BLOCK=width,
-            BLOCKS=blocks if per_token else 1,
-            num_warps=warps,
-        )
+    with on_device_of(x):
+        for segment, (size, sign) in enumerate(zip(segments, polarity, strict=True)):
+            width = min(triton.next_power_of_2(size), most_channels)
+            blocks = triton.cdiv(size, width)
+            unsigned = POLARITIES[sign] == "dual8"
+            top = 2.0 * high + 1 if unsigned else high
+            kernel[(triton.cdiv(rows, together), 1 if per_token else blocks, groups)](
+                x,
+                x if shift is None else shift,
+                x if smoothing is None else smoothing,
+                x if scale is None else scale.contiguous(),
+                x if scale_negative is None else scale_negative.contiguous(),
+                codes,
+                codes2,
+                scales,
+                scales2,
+                rows,
+                channels,
+                x.stride(0),
+                ends[segment] - size,
+                size,
+                segment,
+                len(segments),
+                SMALLEST=SMALLEST_AMAX,
+                LARGEST_CODE=top if unsigned else largest_code,
+                LOW=0.0 if unsigned else low,
+                HIGH=top,
+                OFFSET=float(offset) if unsigned else 0.0,
+                FP8=fp8,
+                POLARITY=sign,
+                HAS_SHIFT=shift is not None,
+                HAS_SMOOTHING=smoothing is not None,
+                PER_TOKEN=per_token,
+                ROWS=together,
+                BLOCK=width,
+                BLOCKS=blocks if per_token else 1,
+                num_warps=warps,
+            )
     return codes, scales, codes2, scales2
 
 
