@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -16,9 +18,12 @@ from test_quantize import sqnr
 from tiny_pipelines import tiny_sd3_pipeline
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import modelopt_ext
 from modelopt_ext import PackedLinear
+from modelopt_ext.formats import QuantFormat
+from modelopt_ext.kernels import cuda, rounding, scaled_mm
 from modelopt_ext.nn.alike import make_alike
 from optimum_segquant.evaluation import sample_trajectories
 
@@ -147,6 +152,24 @@ def test_lora_adapters_sit_on_top_of_a_compiled_model() -> None:
     assert sqnr(adapted, run(compiled)) > 25
     model.disable_adapters()
     assert torch.equal(run(model), plain)
+
+
+def test_older_gpus_get_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: Any, **__: Any) -> None:
+        raise AssertionError("a kernel that does not compile here")
+
+    monkeypatch.setattr(cuda, "_has_triton", lambda: True)
+    monkeypatch.setattr(cuda, "_multiplies_int8", cuda._multiplies_int8.__wrapped__)
+    monkeypatch.setattr(cuda, "multiplies_fp8", lambda _: False)
+    monkeypatch.setattr(cuda, "code_gemm", unexpected)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setitem(sys.modules, "modelopt_ext.kernels.triton_rounding", SimpleNamespace(fused=unexpected))
+    monkeypatch.setattr(rounding, "reference", lambda *_: "the reference")
+    with FakeTensorMode():
+        a, b, x = (torch.empty(n, 64, device="cuda:0", dtype=kind) for n, kind in ((8, torch.int8),) * 2 + ((8, None),))
+        one, scale = (torch.empty(size, device="cuda:0") for size in ((1, 1), (8,)))
+        assert scaled_mm(a, b, one, scale).shape == (8, 8)
+        assert rounding.quantize(x, QuantFormat((4, 3)), (64,), ("none",)) == "the reference"
 
 
 @pytest.mark.gpu

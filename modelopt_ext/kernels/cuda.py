@@ -1,8 +1,8 @@
 """Fast products of codes on CUDA devices, and what they need.
 
 Int8 codes go to Triton kernels, E4M3 codes to ``torch._scaled_mm`` (few rows: to Triton, too). What a device or a size
-lacks is found out by trying or by the operands, never by the GPU's name, and falls back to the reference, which a log
-line says once.
+lacks is found out by trying, by the operands or by the compute capability, never by the GPU's name, and falls back to
+the reference, which a log line says once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 FP8_MULTIPLE = 16
 # Tiles of few rows lie in one group of columns each; the narrowest has this many.
 NARROWEST_TILE = 16
+# Triton compiles no int8 product for older ones: asked, because a failed compilation prints the whole kernel.
+OLDEST_CAPABILITY = (8, 0)
 
 
 # What is asked while a model is compiled is asked of plain functions: the compiler looks into cached ones.
@@ -42,6 +44,24 @@ def _has_triton() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def multiplies_int8(device: int) -> bool:
+    """Whether the Triton kernels multiply int8 codes on that device."""
+    return _has_triton() and _multiplies_int8(device)
+
+
+@cache
+def _multiplies_int8(device: int) -> bool:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        logger.warning(
+            "segquant: no int8 products on compute capability %d.%d (needs %d.%d); using the slow reference product",
+            *capability,
+            *OLDEST_CAPABILITY,
+        )
+    return capability >= OLDEST_CAPABILITY
+
+
+@torch.compiler.assume_constant_result
 def fp8_fits(device: int, rows: int, channels: int) -> bool:
     """Whether ``torch._scaled_mm`` multiplies by a weight (rows, channels) of E4M3 codes on that device."""
     return _fp8_fits(device, rows, channels)
@@ -57,11 +77,12 @@ def _fp8_fits(device: int, rows: int, channels: int) -> bool:
             FP8_MULTIPLE,
         )
         return False
-    return _multiplies_fp8(device)
+    return multiplies_fp8(device)
 
 
 @cache
-def _multiplies_fp8(device: int) -> bool:
+def multiplies_fp8(device: int) -> bool:
+    """Whether a device has E4M3 products; one without has no conversions to E4M3 in Triton, either."""
     ones = torch.ones(FP8_MULTIPLE, 1, device=f"cuda:{device}")
     codes = torch.zeros(FP8_MULTIPLE, FP8_MULTIPLE, device=f"cuda:{device}").to(torch.float8_e4m3fn)
     try:

@@ -60,11 +60,15 @@ def quantize(
         scale: float32 (G, T), static scales; None finds one for each row, group, segment and sign.
         scale_negative: float32 (G, T), those of the values below 0, where any segment is split.
     """
-    if x.is_cuda and not torch.compiler.is_compiling() and cuda.has_triton():
+    if x.is_cuda and not torch.compiler.is_compiling() and _fits_kernel(x, fmt):
         from .triton_rounding import fused
 
         return fused(x, fmt, segments, polarity, shift, smoothing, scale, scale_negative)
     return reference(x, fmt, segments, polarity, shift, smoothing, scale, scale_negative)
+
+
+def _fits_kernel(x: Tensor, fmt: QuantFormat) -> bool:
+    return cuda.has_triton() and (fmt.is_integer or cuda.multiplies_fp8(x.device.index or 0))
 
 
 def offset_of(fmt: QuantFormat) -> int:

@@ -82,7 +82,7 @@ def _product_of(operands: Operands, out_dtype: torch.dtype) -> Tensor:
 def _fits_kernels(a: Tensor, b: Tensor, channels: int) -> bool:
     """Whether a GPU has a fast product of these codes over so many channels."""
     if a.dtype == torch.int8:
-        return cuda.has_triton()
+        return cuda.multiplies_int8(a.device.index or 0)
     return cuda.fp8_fits(a.device.index or 0, b.shape[0], channels)
 
 
