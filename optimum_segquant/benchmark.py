@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import modelopt_ext
+from modelopt_ext.sensitivity import quantized_layers
 
 from .calibration import default_prompts
 from .evaluation import PeakMemory, Trajectories, denoiser_of, sample_trajectories
@@ -114,13 +115,15 @@ def benchmark_forms(
         call_kwargs: of the pipeline as in use: sizes, guidance.
 
     Raises:
-        ValueError: unknown forms, a wrong count, or a model that has no packed form.
+        ValueError: unknown forms, a wrong count, or a model that is quantized already or has no packed form.
     """
     if unknown := sorted(set(forms) - set(FORMS)):
         raise ValueError(f"there are no forms {', '.join(unknown)}: write some of {', '.join(FORMS)}")
     if repeats < 1 or batch_size < 1:
         raise ValueError("repeats and batch_size must be at least 1")
     denoiser = denoiser_of(pipeline)
+    if quantized_layers(denoiser):
+        raise ValueError(f"the {type(denoiser).__name__} is quantized already: give the original, which has all forms")
     calls = sample_trajectories(
         pipeline,
         default_prompts(batch_size),
