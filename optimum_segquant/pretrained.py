@@ -45,6 +45,7 @@ def load_pretrained(source: str | os.PathLike[str], **load_kwargs: Any) -> Any:
     path = Path(source).expanduser()
     if path.is_dir():
         with _local_errors(path):
+            _refuse_onnx(path)
             return _load(str(path), _local_file(path), load_kwargs)
     if path.exists():
         raise ValueError(
@@ -85,6 +86,14 @@ def _load(source: str, read: Callable[[str], dict[str, Any] | None], load_kwargs
             "save_pretrained wrote"
         )
     return _model_class(source, config).from_pretrained(source, **load_kwargs).eval()
+
+
+def _refuse_onnx(path: Path) -> None:
+    if (path / "deployment.json").is_file() or any(path.glob("*/model.onnx")) or (path / "model.onnx").is_file():
+        raise ValueError(
+            f"{path} holds ONNX files, which are run and served as they are: give the directory of the pipeline that "
+            "they were made from"
+        )
 
 
 def _components(index: dict[str, Any]) -> Iterator[str]:
