@@ -207,6 +207,7 @@ def test_evaluate_writes_numbers_and_a_page(run: Run, sd3: Path, quantized: Path
     arguments = ["--num-prompts", "2", "--steps", "2", "--metrics", "psnr", "ssim", *SMALL]
     out = run("evaluate", sd3, quantized, "--output", tmp_path / "report.html", *arguments, "--json")
     data = json.loads(succeeded(out))
+    assert len(data["prompts"]) == 2
     assert data["velocity"]["sqnr_db"] > 30
     assert data["metrics"]["psnr"]["value"] > 30
     assert data["quantized"]["form"] == "packed"
@@ -219,6 +220,7 @@ def test_export_and_serve(run: Run, sd3: Path, quantized: Path, tmp_path: Path) 
     assert data["files"]["transformer/model.onnx"] > 100_000
     assert data["bytes"] == sum(data["files"].values())
 
+    assert f"{onnx} holds ONNX files, which are run and served as they are" in refused(run("inspect", onnx))
     for command in (("export", quantized, "--to", "onnx"), ("serve", onnx)):
         source = command[1]
         before = sorted(source.rglob("*"))
@@ -235,6 +237,8 @@ def test_export_and_serve(run: Run, sd3: Path, quantized: Path, tmp_path: Path) 
     assert [check["model"] for check in checks] == list(deployment.backends)
 
     image = tmp_path / "image.png"
+    assert f"{repository} holds ONNX files" in refused(run("quantize", repository, "--output", tmp_path / "out"))
+    assert "--steps must be at least 1, got 0" in refused(run("serve", repository, "--prompt", "a", "--steps", "0"))
     generate = ["--prompt", "a red circle", "--image", image, "--steps", "2", *SMALL]
     succeeded(run("serve", repository, *generate))
     with Image.open(image) as picture:
@@ -426,6 +430,7 @@ def test_quantized_models_are_not_inspected_or_quantized_again(run: Run, quantiz
         (("{sd3}", "--output", "{out}"), "holds no exported pipeline"),
         (("{sd3}", "--check"), "holds no deployment: write one with"),
         (("{sd3}", "--check", "--seal"), "--check and --seal: one at a time"),
+        (("{sd3}", "--output", "{out}", "--image-sizes", "16x0"), "'16x0' is no image size: write HEIGHTxWIDTH"),
         (("{sd3}", "--output", "{out}", "--image-sizes", "1024"), "'1024' is no image size: write HEIGHTxWIDTH"),
         (("{sd3}", "--output", "{out}", "--backend", "torch"), "--backend must be one of onnxruntime, tensorrt"),
     ],
@@ -467,13 +472,23 @@ def test_files_are_looked_at_before_the_work(
     assert (tmp_path / "new" / "plan.json").is_file()
 
 
-def test_other_mistakes(run: Run, sd3: Path, tmp_path: Path) -> None:
+def test_other_mistakes(run: Run, sd3: Path, quantized: Path, tmp_path: Path) -> None:
     assert "invalid choice: 'quantise'" in refused(run("quantise"))
     assert "no component" in refused(run("export", sd3, "--to", "native", "--output", tmp_path / "out"))
     assert "no Linear of the pipeline is quantized" in refused(
         run("export", sd3, "--to", "onnx", "--output", tmp_path / "out")
     )
     assert "psnrr" in refused(run("evaluate", sd3, sd3, "--metrics", "psnrr"))
+    assert "0 were asked for" in refused(run("evaluate", sd3, sd3, "--metrics", "psnr", "--num-prompts", "0"))
+    (tmp_path / "p.csv").write_text("id,words\n1,a red circle\n")
+    wrong = ["--metrics", "psnr", "--prompts", tmp_path / "p.csv", "--column", "word"]
+    assert "has no column 'word'; it has id, words" in refused(run("evaluate", sd3, sd3, *wrong))
+    one = ["--preset", "SEGQUANT_INT8_DYNAMIC_CFG", "--prompts", tmp_path / "p.csv", "--column", "words"]
+    message = refused(run("quantize", sd3 / "transformer", "--output", tmp_path / "out", *one))
+    assert message.startswith("prompts need a pipeline to run, this is a single model")
+    assert "is quantized already" in refused(run("benchmark", quantized, "--repeats", "1", *SMALL))
+    assert "no inputs are known for a forward of AutoencoderKL" in refused(run("inspect", sd3, "--component", "vae"))
+    (tmp_path / "p.csv").unlink()
     assert "--forms must be one of full, simulated, packed, got 'fast'" in refused(
         run("benchmark", sd3, "--forms", "fast")
     )

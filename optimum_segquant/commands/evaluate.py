@@ -61,9 +61,9 @@ class EvaluateCommand(SegQuantSubcommand):
 
             check_writable(values.output, example="report.html")
         if values.prompts is None:
-            prompts = held_out_prompts(values.num_prompts or NUM_PROMPTS)
+            prompts = held_out_prompts(NUM_PROMPTS if values.num_prompts is None else values.num_prompts)
         else:
-            prompts = read_prompts(values.prompts, limit=values.num_prompts)
+            prompts = read_prompts(values.prompts, column=values.column, limit=values.num_prompts)
         call_of(values)
         reference, quantized = load(values.reference, values), load_any(values.quantized, values)
         steps = {} if values.steps is None else {"num_inference_steps": values.steps}

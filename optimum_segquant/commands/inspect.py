@@ -100,7 +100,13 @@ def _plan(values: Namespace) -> tuple[str, Any, Any]:
         )
     if values.inputs == "generated":
         model.to("meta")  # only shapes matter
-        return name, model, record(model, forward_once(model), merge_heads=values.merge_heads)
+        try:
+            return name, model, record(model, forward_once(model), merge_heads=values.merge_heads)
+        except Exception as error:  # inputs that do not fit fail wherever the model first notices
+            raise ValueError(
+                f"no inputs are known for a forward of {type(model).__name__} ({type(error).__name__}: {error}): use "
+                "--inputs real with its pipeline, or modelopt_ext.dataflow.record with a forward of your own"
+            ) from error
     if not is_pipeline:
         raise ValueError("real inputs come from a pipeline: give its directory, or --inputs generated")
     return name, model, record(model, _real_call(loaded, values), merge_heads=values.merge_heads)

@@ -29,6 +29,7 @@ CALL = (
 PROMPTS = (
     Option("prompts", "file with prompts (.txt, .json, .jsonl, .csv) or a dataset; by default the package's own"),
     Option("num_prompts", "how many of them", kind="integer"),
+    Option("column", "of the prompts file or dataset that holds them"),
 )
 
 

@@ -36,7 +36,6 @@ class QuantizeCommand(SegQuantSubcommand):
             choices=("segquant", "native", "onnx", "tensorrt"),
         ),
         *PROMPTS,
-        Option("column", "of the prompts file or dataset that holds them"),
         *CALL,
         Option("kept_steps", "denoising steps of each trajectory to calibrate on, spread evenly", "integer", 8),
         Option("max_calls", "calls of each component to keep at most", kind="integer", default=1024),
@@ -90,7 +89,8 @@ class QuantizeCommand(SegQuantSubcommand):
         result = SegQuantizer(model, components=values.components).quantize(
             values.output,
             values.preset,
-            calibration=settings if hasattr(model, "components") else None,
+            # A model by itself has no use for the package's prompts; those of the user are refused.
+            calibration=settings if hasattr(model, "components") or values.prompts is not None else None,
             export=values.export,
             cache_dir=values.cache_dir,
             overwrite=values.overwrite,

@@ -21,7 +21,7 @@ def image_sizes(values: list[Any]) -> list[tuple[int, int]]:
     found = []
     for value in values:
         match = _SIZE.fullmatch(str(value))
-        if match is None:
+        if match is None or not int(match[1]) * int(match[2]):
             raise ValueError(f"{value!r} is no image size: write HEIGHTxWIDTH, such as 1024x1024")
         found.append((int(match[1]), int(match[2])))
     return found
@@ -147,7 +147,6 @@ def _seal(source: Path) -> Result:
 
 def _generate(source: Path, values: Namespace) -> Result:
     import torch
-
     from PIL import Image
 
     from optimum_segquant.files import check_writable
@@ -157,6 +156,8 @@ def _generate(source: Path, values: Namespace) -> Result:
     path = check_writable(values.image, example="image.png", endings=endings)
     pipeline = served_pipeline(source, values.url)
     pipeline.set_progress_bar_config(disable=True)
+    if values.steps is not None and values.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {values.steps}")
     steps = {} if values.steps is None else {"num_inference_steps": values.steps}
     generator = torch.Generator().manual_seed(values.seed)
     image = pipeline(values.prompt, generator=generator, **steps, **call_of(values, pipeline)).images[0]
