@@ -130,6 +130,17 @@ def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: p
     torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize(("shared", "dual", "tma"), [(227, True, True), (99, True, False), (99, False, True)])
+def test_two_operands_need_the_shared_memory_of_a_data_center_gpu(
+    shared: int, dual: bool, tma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_gemm, "_properties", lambda _: (True, 3))
+    monkeypatch.setattr(triton_gemm, "_shared_memory", lambda _: shared * 1024)
+    a, b, one, scale_b = codes(100, 64, 0), codes(32, 64, 1), torch.ones(1, 1), torch.ones(32)
+    second = {"a2": a, "scale_a2": one} if dual else {}
+    assert triton_gemm._tma_fits(Operands(a, b, one, scale_b, **second), torch.bfloat16) is tma
+
+
 def test_kernels_run_on_the_device_of_their_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     current, launched = [0], []
 

@@ -53,6 +53,8 @@ WITH_POINTERS = [
     _config((64, 128, 64), 4, 4, 2),
     _config((128, 128, 64), 8, 3, 1),
 ]
+# Bytes of shared memory of the tiles for two operands with float32 outputs. The others fit in the 99 KiB of small GPUs.
+SHARED_OF_DUAL_WITH_TMA = 180 * 1024
 SMALL_ROWS = 1024  # up to which tiles of 64 rows are tried: the others leave multiprocessors idle
 
 
@@ -327,12 +329,14 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _tma_fits(operands: Operands, out_dtype: torch.dtype) -> bool:
-    """Tensor descriptors need 16-byte aligned rows, and a GPU that has them."""
+    """Tensor descriptors need 16-byte aligned rows, and a GPU that has them and room for their tiles."""
     matrices = [x for x in (operands.a, operands.b, operands.a2) if x is not None]
     # Allocations are aligned; pointers are not looked at, so that this can be traced.
     aligned = all(x.storage_offset() % 16 == 0 and x.stride(0) % 16 == 0 for x in matrices)
     out_row = operands.b.shape[0] * out_dtype.itemsize
-    return aligned and operands.start % 16 == out_row % 16 == 0 and _has_descriptors(operands.a.device)
+    if not aligned or operands.start % 16 or out_row % 16 or not _has_descriptors(operands.a.device):
+        return False
+    return not operands.is_dual or _shared_memory(operands.a.device) >= SHARED_OF_DUAL_WITH_TMA
 
 
 @torch.compiler.assume_constant_result
@@ -350,6 +354,12 @@ def _properties(device: torch.device) -> tuple[bool, int]:
     """Whether a GPU has tensor descriptors, and how many multiprocessors."""
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor) >= (9, 0), properties.multi_processor_count
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have, as Triton asks before it launches one."""
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
 @torch.library.triton_op("segquant::code_gemm", mutates_args={})
