@@ -326,6 +326,15 @@ def test_a_wrong_description_is_refused(change: dict[str, Any], message: str) ->
         PackedSpec.from_dict(data)
 
 
+@pytest.mark.parametrize("channels", [-1, 1])
+@pytest.mark.parametrize("activation", [STATIC, {"num_bits": 8, **PER_TOKEN}], ids=["static", "per token"])
+def test_an_input_of_another_width_is_refused(activation: dict[str, Any], channels: int) -> None:
+    _, packed, x = single(linear_only(INT8, activation))
+    wrong = x.new_ones(3, x.shape[-1] + channels)
+    with pytest.raises(ValueError, match=f"{wrong.shape[1]} channels does not fit a Linear of {x.shape[-1]}"):
+        packed(wrong)
+
+
 def test_scaled_mm_is_exact_for_integers() -> None:
     torch.manual_seed(0)
     a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((33, 200), (17, 200)))
@@ -349,6 +358,8 @@ def test_scaled_mm_passes_torchs_operator_checks() -> None:
     torch.library.opcheck(reference, arguments)
     with pytest.raises(ValueError, match="multiplies int8 by int8"):
         scaled_mm(a, b.float(), torch.rand(4, 1), torch.rand(6))
+    with pytest.raises(ValueError, match="7 channels do not go with a weight of 8"):
+        scaled_mm(a[:, :7], b, torch.rand(4, 1), torch.rand(6))
 
 
 def test_compiled_in_one_graph() -> None:

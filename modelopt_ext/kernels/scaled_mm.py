@@ -167,6 +167,8 @@ def check(
     """Raise ValueError for operands that do not go together."""
     if a.dtype != b.dtype or a.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"scaled_mm multiplies int8 by int8 or float8_e4m3fn by the same, got {a.dtype} by {b.dtype}")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"scaled_mm: codes of {a.shape[1]} channels do not go with a weight of {b.shape[1]}")
     if zero and (a.dtype != torch.int8 or sum_b is None):
         raise ValueError("scaled_mm: only integer codes have a zero point, and it needs sum_b")
     if (a2 is None) != (scale_a2 is None) or (a2 is not None and (a2.dtype != a.dtype or a2.shape != a.shape)):

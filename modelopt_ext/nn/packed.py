@@ -259,7 +259,12 @@ class PackedLinear(nn.Linear):
 
         Returns:
             (..., N), in the dtype that ``F.linear`` gives (the autocast dtype under autocast).
+
+        Raises:
+            ValueError: the input has other than K channels. Kernels would read and write past its end.
         """
+        if input.shape[-1] != self.in_features:
+            raise ValueError(f"an input of {input.shape[-1]} channels does not fit a Linear of {self.in_features}")
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         x = input.reshape(-1, input.shape[-1])
