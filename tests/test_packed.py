@@ -335,6 +335,16 @@ def test_an_input_of_another_width_is_refused(activation: dict[str, Any], channe
         packed(wrong)
 
 
+@pytest.mark.parametrize("activation", [STATIC, {"num_bits": 8, **PER_TOKEN}], ids=["static", "per token"])
+def test_gradients_through_codes_are_refused(activation: dict[str, Any]) -> None:
+    _, packed, x = single(linear_only(INT8, activation))
+    found = packed(x.clone().requires_grad_())
+    assert torch.equal(found, packed(x))
+    found += 1
+    with pytest.raises(RuntimeError, match="packed Linears are for inference"):
+        found.sum().backward()
+
+
 def test_scaled_mm_is_exact_for_integers() -> None:
     torch.manual_seed(0)
     a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((33, 200), (17, 200)))

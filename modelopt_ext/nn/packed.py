@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,22 @@ class PackedSpec:
         layout = dict(data["layout"])
         layout["weight_segments"] = layout.get("out_groups", ())
         return cls(**{**data, "layout": SegLayout.from_dict(layout)})
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """An output of codes: who asks for its gradient gets an error, not what happens to arrive by branch and scales."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, input: Tensor) -> Tensor:
+        ctx.mark_dirty(output)  # it is nobody else's, so that the result is no view and may be changed in place
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "packed Linears are for inference: rounding to codes has no gradient; train the model, or adapters on it, "
+            "before compress, or run under torch.no_grad()"
+        )
 
 
 class PackedLinear(nn.Linear):
@@ -273,7 +289,10 @@ class PackedLinear(nn.Linear):
         output = self._codes_product(x, direct) if self.spec.multiplies_codes else self._float_product(x, direct)
         if self.low_rank_up is not None:
             output = output + self._branch(x)
-        return output.to(dtype).reshape(*input.shape[:-1], self.out_features)
+        output = output.to(dtype).reshape(*input.shape[:-1], self.out_features)
+        if self.spec.activations and input.requires_grad and torch.is_grad_enabled():
+            return output if torch.compiler.is_compiling() else _WithoutGradient.apply(output.detach(), input)
+        return output
 
     @staticmethod
     def _sum_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
