@@ -22,7 +22,7 @@ from .checkpoints.save import save_segquant
 from .components import modules_of
 from .configs import NamedConfig, algorithm_of, is_segquant
 from .evaluation import RecordedCalls
-from .exporters import export_onnx, supported_pipelines
+from .exporters import check_dtypes, export_onnx, supported_pipelines
 from .exporters.verify import ExportMismatchError
 from .files import check_replaceable
 from .progress import written_bytes
@@ -71,7 +71,9 @@ def check_export(
                     "it out of the components, or use export='segquant'"
                 )
     if export in ("onnx", "tensorrt"):
-        supported_pipelines()  # raises if optimum-onnx or onnxruntime is missing
+        known = supported_pipelines()  # raises if optimum-onnx or onnxruntime is missing
+        if type(model).__name__ in known:
+            check_dtypes(model)
     target = Path(save_dir).expanduser().resolve()
     check_replaceable(target)
     _check_space(target, _modules(model, components), components)

@@ -220,6 +220,8 @@ def test_export_and_serve(run: Run, sd3: Path, quantized: Path, tmp_path: Path) 
     assert data["files"]["transformer/model.onnx"] > 100_000
     assert data["bytes"] == sum(data["files"].values())
 
+    message = refused(run("export", quantized, "--to", "onnx", "--output", tmp_path / "out", "--dtype", "bfloat16"))
+    assert "can't be exported to ONNX in bfloat16: load it with torch_dtype=torch.float16" in message
     assert f"{onnx} holds ONNX files, which are run and served as they are" in refused(run("inspect", onnx))
     for command in (("export", quantized, "--to", "onnx"), ("serve", onnx)):
         source = command[1]
@@ -312,6 +314,10 @@ def test_benchmark_measures_three_forms(run: Run, sd3: Path) -> None:
         (
             ("{sd3}", "--output", "{out}", "--call", "heigth=1", "--call", "width=16"),
             "no argument 'heigth', is 'height'",
+        ),
+        (
+            ("{sd3}", "--output", "{out}", "--dtype", "bfloat16", "--export", "onnx"),
+            "transformer of the pipeline can't be exported to ONNX in bfloat16: load it with torch_dtype",
         ),
         (("{sd3}", "--output", "{sd3}"), "{sd3} would be replaced as a whole, and {sd3} with it"),
         (("{sd3}/transformer", "--output", "{sd3}"), "and {sd3}/transformer with it, which is read: give another"),

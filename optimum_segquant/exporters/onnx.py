@@ -85,8 +85,9 @@ def export_onnx(
         The directory.
 
     Raises:
-        ValueError: nothing is quantized, Optimum does not know the pipeline, opset, dynamic axes or layers that do not
-            fit the target, or a graph that gives other numbers than PyTorch; nothing was written.
+        ValueError: nothing is quantized, Optimum does not know the pipeline or it is in bfloat16, opset, dynamic
+            axes or layers that do not fit the target, or a graph that gives other numbers than PyTorch; nothing was
+            written.
         ImportError: optimum-onnx or onnxruntime is missing.
     """
     chosen = target_named(target)
@@ -146,6 +147,7 @@ def _export_pipeline(
             f"Optimum has no ONNX form of {name}, only of {', '.join(known)}: export the denoiser by itself, "
             "export_onnx(pipeline.transformer, directory, inputs=...)"
         )
+    check_dtypes(pipeline)
     specs = quantized_components(pipeline)
     layers = {f"{component}.{layer}": spec for component, found in specs.items() for layer, spec in found.items()}
     check_layers(layers, target)
@@ -286,6 +288,21 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+
+
+def check_dtypes(pipeline: DiffusionPipeline) -> None:
+    """Refuse bfloat16, which neither torch's exporter nor ONNX Runtime has for all operators of a pipeline.
+
+    Raises:
+        ValueError: names the components.
+    """
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    wrong = [name for name, part in parts.items() if any(p.dtype is torch.bfloat16 for p in part.parameters())]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} of the pipeline can't be exported to ONNX in bfloat16: load it with "
+            "torch_dtype=torch.float16 or float32 (--dtype float16), the codes of a packed one stay as they are"
+        )
 
 
 def component_dtype(pipeline: DiffusionPipeline) -> str:
