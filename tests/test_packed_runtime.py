@@ -24,7 +24,9 @@ import modelopt_ext
 from modelopt_ext import PackedLinear
 from modelopt_ext.formats import QuantFormat
 from modelopt_ext.kernels import cuda, rounding, scaled_mm
+from modelopt_ext.nn import SegLayout
 from modelopt_ext.nn.alike import make_alike
+from modelopt_ext.nn.packed import PackedSpec
 from optimum_segquant.evaluation import sample_trajectories
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,6 +47,14 @@ def run(model: nn.Module, seed: int = 7, dtype: torch.dtype = torch.float32, dev
     _, inputs = plain_denoiser()
     with torch.no_grad():
         return model(**placed(jitter(inputs, seed), device, dtype), return_dict=False)[0]
+
+
+@pytest.fixture
+def bfloat16_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +94,19 @@ def test_blocks_have_the_same_tensors_in_the_same_places() -> None:
             assert len({layer.shift is None for layer in layers}) == 1, name
             assert len({layer.smoothing is None for layer in layers}) == 1, name
     assert compared > 5
+
+
+@pytest.mark.usefixtures("bfloat16_by_default")
+def test_what_is_float32_does_not_follow_the_default_dtype() -> None:
+    with FakeTensorMode():
+        assert cuda.multiplies_fp8.__wrapped__(0)
+    layout = SegLayout((8,), (4,), (4,), ("none",))
+    specs = [PackedSpec(layout), PackedSpec(layout, shift=True, smoothing=True)]
+    blocks = nn.ModuleList(nn.ModuleList([PackedLinear(spec)]) for spec in specs)
+    make_alike(blocks)
+    equipped: Any = blocks[0]
+    assert equipped[0].spec == specs[1]
+    assert equipped[0].shift.dtype == equipped[0].smoothing.dtype == torch.float32
 
 
 def test_alike_changes_no_number() -> None:

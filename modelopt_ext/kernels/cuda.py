@@ -83,7 +83,8 @@ def _fp8_fits(device: int, rows: int, channels: int) -> bool:
 @cache
 def multiplies_fp8(device: int) -> bool:
     """Whether a device has E4M3 products; one without has no conversions to E4M3 in Triton, either."""
-    ones = torch.ones(FP8_MULTIPLE, 1, device=f"cuda:{device}")
+    # Dtypes are said: users set the default one to bfloat16.
+    ones = torch.ones(FP8_MULTIPLE, 1, dtype=torch.float32, device=f"cuda:{device}")
     codes = torch.zeros(FP8_MULTIPLE, FP8_MULTIPLE, device=f"cuda:{device}").to(torch.float8_e4m3fn)
     try:
         torch._scaled_mm(codes, codes.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16)

@@ -39,12 +39,13 @@ def _equip(layers: Sequence[PackedLinear]) -> None:
         return
     if any(layer.shift is not None for layer in layers):
         for layer in _without(layers, "shift"):
-            layer.shift = torch.zeros(layer.in_features, device=layer.weight.device)
+            layer.shift = torch.zeros(layer.in_features, dtype=torch.float32, device=layer.weight.device)
             layer.spec = replace(layer.spec, shift=True)
     if any(layer.smoothing is not None for layer in layers):
         for layer in _without(layers, "smoothing"):
             groups = len(layer.spec.layout.out_groups)
-            layer.smoothing = torch.ones(groups, layer.in_features, device=layer.weight.device)
+            shape = (groups, layer.in_features)
+            layer.smoothing = torch.ones(shape, dtype=torch.float32, device=layer.weight.device)
             layer.spec = replace(layer.spec, smoothing=True)
 
 
