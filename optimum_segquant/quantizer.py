@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from modelopt_ext.distributed import Processes
 from modelopt_ext.sensitivity import quantized_layers
 
 from .calibration import CalibrationData, CalibrationSettings, record_calibration
+from .calibration.cache import MANIFEST
 from .calibration.distributed import join_processes
 from .calibration.identity import plain, settings_record
 from .calibration.recording import open_cache
@@ -41,7 +42,7 @@ from .components import choose_components
 from .configs import NamedConfig, is_segquant, resolve_config, with_algorithm
 from .evaluation import RecordedCalls, velocity_sqnr
 from .exports import ExportFormat, check_config, check_export, write_export
-from .files import check_spares, staged_directory
+from .files import check_spares, sha256_of, staged_directory
 from .pretrained import load_pretrained
 from .quantization_report import (
     REPORT_NAME,
@@ -207,7 +208,10 @@ class SegQuantizer(OptimumQuantizer):
             for name, model in self.components.items():
                 changes: dict[str, Any] = {"progress": progress, "distributed_sync": together}
                 if folder is not None:
-                    changes["layerwise"] = {"enable": True, "checkpoint_dir": str(_solved(folder, name, configs[name]))}
+                    changes["layerwise"] = {
+                        "enable": True,
+                        "checkpoint_dir": str(self._solved(folder, name, configs[name])),
+                    }
                 parts.append(_quantize(name, model, configs[name], changes, data[name], counts[name]))
         if held is not None:
             with _timed(self._seconds, "evaluate"):
@@ -229,7 +233,7 @@ class SegQuantizer(OptimumQuantizer):
                 if processes.is_main:
                     directory = self.export(save_dir, export, progress=progress)
                     if folder is not None:
-                        shutil.rmtree(folder / _SOLVED, ignore_errors=True)
+                        _remove_solved(folder, configs)
         return QuantizationResult(self.model, self.report, directory)
 
     def export(
@@ -275,6 +279,14 @@ class SegQuantizer(OptimumQuantizer):
     @property
     def _has_pipeline(self) -> bool:
         return not isinstance(self.model, nn.Module)
+
+    def _solved(self, folder: Path, name: str, named: NamedConfig) -> Path:
+        """Where the layers of a component are kept that have been solved for a config, on the present data."""
+        stem = _solved_stem(name, named)
+        if isinstance(self._data, CalibrationData):
+            # Layers solved on data that was replaced since are no start for this run.
+            stem += f"-{sha256_of(folder / _CALIBRATION / MANIFEST)[:12]}"
+        return folder / _SOLVED / stem
 
     # -- checks before any work ---------------------------------------------------------------------------------------
 
@@ -392,9 +404,18 @@ def _counts(data: Runnable | None, processes: Processes) -> tuple[int, int] | No
     return sum(calls for calls, _ in shares), len({timestep for _, found in shares for timestep in found})
 
 
-def _solved(folder: Path, name: str, named: NamedConfig) -> Path:
-    """Where the layers of a component are kept that a config has been solved for."""
-    return folder / _SOLVED / f"{name}-{fingerprint(plain(named.config))[:12]}"
+def _solved_stem(name: str, named: NamedConfig) -> str:
+    """How folders begin that hold a component's layers, solved for a config."""
+    return f"{name}-{fingerprint(plain(named.config))[:12]}"
+
+
+def _remove_solved(folder: Path, configs: Mapping[str, NamedConfig]) -> None:
+    """Remove the solved layers of a finished run; other configs' may be those of a run that goes on beside this one."""
+    for name, named in configs.items():
+        for solved in (folder / _SOLVED).glob(f"{_solved_stem(name, named)}*"):
+            shutil.rmtree(solved, ignore_errors=True)
+    with suppress(OSError):  # not empty, or there is none
+        (folder / _SOLVED).rmdir()
 
 
 def _quantize(

@@ -298,6 +298,20 @@ def test_sampled_data_and_solved_layers_are_used_again(
     assert torch.equal(image(result.pipeline), image(modelopt_compressed(expected)))
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["calibration"]
 
+    # Layers solved on other data are passed over and removed; those of another run that shares the folder are not.
+    solved.clear()
+    monkeypatch.setattr(modelopt_ext.calibrate.driver, "solve_linear", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_sd3_pipeline(), config=FAST, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(modelopt_ext.calibrate.driver, "solve_linear", solve)
+    foreign = tmp_path / "cache" / "solved_layers" / "transformer-of-another-run"
+    foreign.mkdir()
+    other = settings(prompts=PROMPTS[:2])
+    quantize(
+        tiny_sd3_pipeline(), tmp_path / "out", FAST, cache_dir=tmp_path / "cache", calibration=other, overwrite=True
+    )
+    assert list((tmp_path / "cache" / "solved_layers").iterdir()) == [foreign]
+
     with pytest.raises(CalibrationMismatchError, match=r"settings\.seed \(0 there, 1 here\)"):
         quantize(tiny_sd3_pipeline(), config=FAST, cache_dir=tmp_path / "cache", calibration=settings(seed=1))
 
