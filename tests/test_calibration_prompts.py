@@ -248,6 +248,13 @@ def test_shares_are_one_process_data_dealt_out_by_batches():
         ({"prompts": "a red circle"}, r"prompts must be a list of strings: write \['a red circle'\], or read_prompts"),
         ({"prompts": []}, "the list of prompts has no prompts"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": "4"}, "batch_size must be a whole number, got '4'"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"steps": "all"}, "steps must be a number of steps, their indices, a distribution or None, got 'all'"),
+        (
+            {"per_prompt_kwargs": {"negative_prompt": "ten letter"}},
+            r"negative_prompt has one value a prompt: give a lis",
+        ),
         ({"max_calls": 0}, "max_calls must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"steps": 0}, "at least one step must be kept"),

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -148,12 +149,21 @@ class CalibrationSettings:
         if isinstance(self.prompts, str):
             raise ValueError(f"prompts must be a list of strings: write [{self.prompts!r}], or read_prompts(file)")
         object.__setattr__(self, "prompts", read_prompts(tuple(self.prompts)))
+        for name, values in self.per_prompt_kwargs.items():
+            if isinstance(values, str):
+                raise ValueError(f"{name} has one value a prompt: give a list, or put it into call_kwargs, for all")
+        if isinstance(self.steps, str):
+            raise ValueError(
+                f"steps must be a number of steps, their indices, a distribution or None, got {self.steps!r}"
+            )
         if not isinstance(self.steps, (int, WeightedSteps, NormalSteps, type(None))):
             object.__setattr__(self, "steps", tuple(int(step) for step in self.steps))
         object.__setattr__(self, "call_kwargs", dict(self.call_kwargs))
         object.__setattr__(self, "per_prompt_kwargs", {k: tuple(v) for k, v in self.per_prompt_kwargs.items()})
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
+            if not isinstance(value, (Integral, type(None))):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
             if value is not None and value < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}")
         if isinstance(self.steps, int):
