@@ -212,7 +212,12 @@ class SegQuantizer(OptimumQuantizer):
                         "enable": True,
                         "checkpoint_dir": str(self._solved(folder, name, configs[name])),
                     }
-                parts.append(_quantize(name, model, configs[name], changes, data[name], counts[name]))
+                try:
+                    parts.append(_quantize(name, model, configs[name], changes, data[name], counts[name]))
+                except Exception as error:
+                    if done := ", ".join(part.name for part in parts):
+                        error.add_note(f"{done} had been quantized by then: load the original again to start anew")
+                    raise
         if held is not None:
             with _timed(self._seconds, "evaluate"):
                 parts = [_measured(part, self.components[part.name], held[part.name]) for part in parts]
@@ -274,7 +279,7 @@ class SegQuantizer(OptimumQuantizer):
             )
             (staged / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
         self.report = report
-        return Path(save_dir)
+        return Path(save_dir).expanduser()
 
     @property
     def _has_pipeline(self) -> bool:
@@ -314,7 +319,8 @@ class SegQuantizer(OptimumQuantizer):
         for name, model in self.components.items():
             if quantized_layers(model):
                 raise ValueError(
-                    f"{name} is quantized already: load the original model again (export(...) writes the quantized one)"
+                    f"{name} is quantized already: load the original model again"
+                    + (" (export(...) writes the quantized one)" if self.report is not None else "")
                 )
         if save_dir is None:
             if export not in (None, "segquant"):

@@ -499,3 +499,29 @@ def test_components_that_are_not_there_or_quantized_already(untouched: Any):
     quantize(pipeline, config=DYNAMIC, calibration=data)
     with pytest.raises(ValueError, match="transformer is quantized already: load the original model again"):
         quantize(pipeline, config=DYNAMIC)
+
+
+def test_an_error_in_one_component_says_what_became_of_the_others():
+    pipeline = tiny_sd3_pipeline()
+    quantizer = SegQuantizer(pipeline, components=["transformer", "text_encoder"])
+    impossible = {"preset": "SEGQUANT_W4A8_CFG", "algorithm": {"low_rank": {"rank": 500, "over": "refuse"}}}
+    with pytest.raises(ValueError, match="rank 500 is above the largest") as caught:
+        quantizer.quantize(
+            config={"transformer": DYNAMIC, "text_encoder": impossible}, calibration=settings(), progress=False
+        )
+    assert caught.value.__notes__ == ["transformer had been quantized by then: load the original again to start anew"]
+    assert not quantized_layers(pipeline.text_encoder)
+    with pytest.raises(ValueError, match=r"transformer is quantized already: load the original model again$"):
+        quantizer.quantize(config=DYNAMIC, calibration=settings(), progress=False)
+
+
+def test_the_home_directory_has_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
+    model.save_pretrained = lambda directory, **_: (Path(directory) / "config.json").write_text("{}")  # type: ignore
+    monkeypatch.setattr(
+        "optimum_segquant.exports.save_segquant", lambda model, directory: model.save_pretrained(directory)
+    )
+    result = SegQuantizer(model).quantize("~/out", DYNAMIC, calibration=lambda m: m(torch.ones(4, 16)), progress=False)
+    assert result.directory == tmp_path / "out"
+    assert result.directory.is_dir()
