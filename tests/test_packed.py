@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -166,6 +167,23 @@ def test_under_autocast_outputs_are_half_precision() -> None:
     _, packed, x = single(linear_only(INT8, STATIC))
     with torch.autocast("cpu", torch.bfloat16):
         assert packed(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("polarity", ["none", "dual8"])
+def test_autocast_only_rounds_the_output(polarity: str) -> None:
+    _, packed, x = single(linear_only(INT8, {"num_bits": 8, **PER_TOKEN}, polarity=polarity), (256, 24))
+    rotated = PackedLinear(replace(packed.spec, layout=replace(packed.spec.layout, rotation=(16,))))
+    rotated.load_state_dict(packed.state_dict())
+    for layer in (packed, rotated):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x)
+        assert torch.equal(found, layer(x).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("preset", ["SEGQUANT_INT8_CFG", "SEGQUANT_W4A4_CFG", "SEGQUANT_W8A16_CFG"])
+def test_shapes_on_the_meta_device(preset: str) -> None:
+    layer = next(module for module in compressed(preset).modules() if isinstance(module, PackedLinear)).to("meta")
+    assert layer(torch.empty(2, 3, layer.in_features, device="meta")).shape == (2, 3, layer.out_features)
 
 
 @pytest.mark.parametrize("preset", ["SEGQUANT_INT8_CFG", "SEGQUANT_W4A4_CFG", "SEGQUANT_FP8_SVD_CFG"])

@@ -105,9 +105,10 @@ def reference(
     """:func:`scaled_mm` in plain torch, float32, over ``size`` channels (-1: all that follow) from ``start`` on."""
     channels = slice(start, start + size if size >= 0 else None)
     b = b[:, channels]
-    total = _product(a[:, channels], b, zero, sum_b, groups) * _by_group(scale_a, groups)
-    if a2 is not None and scale_a2 is not None:
-        total = total + sign * (_product(a2[:, channels], b, zero, sum_b, groups) * _by_group(scale_a2, groups))
+    with torch.autocast(a.device.type, enabled=False):  # it would round sums of codes to 16 bits
+        total = _product(a[:, channels], b, zero, sum_b, groups) * _by_group(scale_a, groups)
+        if a2 is not None and scale_a2 is not None:
+            total = total + sign * (_product(a2[:, channels], b, zero, sum_b, groups) * _by_group(scale_a2, groups))
     # (G, M, N / G) to (M, N).
     total = total.transpose(0, 1).flatten(1) * scale_b
     return total if bias is None else total + bias

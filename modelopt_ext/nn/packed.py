@@ -282,7 +282,8 @@ class PackedLinear(nn.Linear):
         if input.shape[-1] != self.in_features:
             raise ValueError(f"an input of {input.shape[-1]} channels does not fit a Linear of {self.in_features}")
         kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
         x = input.reshape(-1, input.shape[-1])
         # The last sum's rounding is the product's own, where nothing else is added.
         direct = dtype if self.low_rank_up is None else self._sum_dtype(x, dtype)

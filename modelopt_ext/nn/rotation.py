@@ -7,6 +7,7 @@ needs a CUDA-only package; this is plain torch, for any device and for block siz
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -45,7 +46,11 @@ def rotate(x: Tensor, block: int) -> Tensor:
     """
     if block == 1:
         return x
-    return (x.unflatten(-1, (-1, block)) @ _hadamard(block, x.device, x.dtype)).flatten(-2)
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Scales are found in float32 afterwards.
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        return (x.unflatten(-1, (-1, block)) @ _hadamard(block, x.device, x.dtype)).flatten(-2)
 
 
 def rotate_segments(x: Tensor, columns: Sequence[slice], blocks: Sequence[int]) -> Tensor:
