@@ -130,6 +130,17 @@ def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: p
     torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["per-token", "static"])
+def test_no_rows_need_no_kernel(static: bool) -> None:
+    x, b, scale_b = torch.empty(0, 64, device=DEVICE), codes(32, 64, 0), torch.rand(32, device=DEVICE)
+    scale = torch.ones(2, 1, device=DEVICE) if static else None
+    smoothing = torch.ones(2, 64, device=DEVICE)
+    found, scales, _, _ = launch(_quantize, x, None, smoothing, scale, None, (64,), (0,), 127.0, -128.0, 127.0, 128)
+    operands = Operands(found, b, scales.reshape(0, 1) if scale is None else scale, scale_b, groups=2)
+    assert found.shape == (0, 64)
+    assert triton_gemm.launch_gemm(operands, torch.bfloat16).shape == (0, 32)
+
+
 @pytest.mark.parametrize(("shared", "dual", "tma"), [(227, True, True), (99, True, False), (99, False, True)])
 def test_two_operands_need_the_shared_memory_of_a_data_center_gpu(
     shared: int, dual: bool, tma: bool, monkeypatch: pytest.MonkeyPatch

@@ -406,6 +406,8 @@ def launch_gemm(
         b=_with_contiguous_rows(operands.b),
         a2=None if operands.a2 is None else _with_contiguous_rows(operands.a2),
     )
+    if operands.rows == 0:
+        return torch.empty(0, operands.b.shape[0], dtype=out_dtype, device=operands.a.device)
     with on_device_of(operands.a):
         if operands.rows <= FEW_ROWS:
             return launch_few_rows(wrap(_few_rows), operands, out_dtype)

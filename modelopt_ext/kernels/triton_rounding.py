@@ -209,6 +209,8 @@ def launch(
     found = (len(segments), groups * rows) if per_token else (0,)
     scales = torch.empty(found, dtype=torch.float32, device=x.device)
     scales2 = torch.empty(found if split else (0,), dtype=torch.float32, device=x.device)
+    if rows == 0:
+        return codes, scales, codes2, scales2
     ends = list(accumulate(segments))
     most_rows, most_channels, warps = block or (PER_TOKEN_BLOCK if per_token else STATIC_BLOCK)
     together = min(most_rows, triton.next_power_of_2(rows))
