@@ -107,13 +107,14 @@ def _write(source: Path, values: Namespace) -> Result:
 
 def _describe(source: Path) -> Result:
     from optimum_segquant.serving import describe_native, load_deployment
-    from optimum_segquant.serving.deployment import DEPLOYMENT_FILE
+    from optimum_segquant.serving.deployment import DEPLOYMENT_FILE, readme_name
 
     if (source / DEPLOYMENT_FILE).is_file():
         return _result(load_deployment(source), f"{source} is intact:")
     if any(source.glob("*/model.onnx")):
         raise ValueError(f"{source} holds ONNX files: give --output, the model repository to write")
-    return _result(describe_native(source), f"{source} is ready; its README.md has these commands:")
+    deployment = describe_native(source)
+    return _result(deployment, f"{source} is ready; its {readme_name(source)} has these commands:")
 
 
 def _result(deployment: Any, head: str) -> Result:

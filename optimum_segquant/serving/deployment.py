@@ -19,9 +19,11 @@ from ..versions import installed_versions
 from .commands import Command, render
 from .sizes import AxisRange
 
-__all__ = ["DEPLOYMENT_FILE", "Deployment", "load_deployment"]
+__all__ = ["DEPLOYMENT_FILE", "Deployment", "load_deployment", "readme_name"]
 
 DEPLOYMENT_FILE = "deployment.json"
+README_FILE, SERVING_FILE = "README.md", "SERVING.md"
+_MARK = f"`{DEPLOYMENT_FILE}` says how the files were made"
 _FORMAT = "segquant-deployment"
 _FORMAT_VERSION = 1
 
@@ -85,9 +87,12 @@ class Deployment:
             raise ValueError(f"not a deployment: {error}") from error
 
     def write(self, directory: Path) -> None:
-        """Write record, README and manifest into a directory that holds everything else already."""
+        """Write record, README and manifest into a directory that holds everything else already.
+
+        A README that somebody else has written stays; the commands are then in :data:`SERVING_FILE`.
+        """
         (directory / DEPLOYMENT_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        (directory / "README.md").write_text(self.readme(), encoding="utf-8")
+        (directory / readme_name(directory)).write_text(self.readme(), encoding="utf-8")
         write_manifest(directory)
 
     def readme(self) -> str:
@@ -99,11 +104,19 @@ class Deployment:
         return (
             f"# {what}, quantized with SegQuant\n\n"
             f"{table}"
-            f"`{DEPLOYMENT_FILE}` says how the files were made; `segquant_manifest.json` has their checksums:\n\n"
+            f"{_MARK}; `segquant_manifest.json` has their checksums:\n\n"
             "```\noptimum-cli segquant serve . --check\n```\n\n"
             "The commands below are run in this directory.\n\n"
             f"{render(self.commands)}\n"
         )
+
+
+def readme_name(directory: Path) -> str:
+    """Name of the file with the commands: README.md, unless that is a model card or the like."""
+    readme = directory / README_FILE
+    if readme.is_file() and _MARK not in readme.read_text(encoding="utf-8", errors="replace"):
+        return SERVING_FILE
+    return README_FILE
 
 
 def load_deployment(directory: str | os.PathLike[str], *, verify: bool = True) -> Deployment:
