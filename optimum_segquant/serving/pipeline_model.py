@@ -71,7 +71,7 @@ def generate(pipeline: Any, request: Mapping[str, np.ndarray]) -> np.ndarray:
         uint8 (images, height, width, 3).
 
     Raises:
-        RequestError: the pipeline has no such argument, or ``arguments`` is no JSON object.
+        RequestError: the pipeline has no such argument, one is set here, or ``arguments`` is no JSON object.
     """
     import torch
 
@@ -89,6 +89,8 @@ def generate(pipeline: Any, request: Mapping[str, np.ndarray]) -> np.ndarray:
         arguments["generator"] = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
     if "arguments" in request:
         arguments |= _json_object(_text(request["arguments"].reshape(-1)[0]))
+    if given := sorted({"prompt", "output_type", "return_dict"} & set(arguments)):
+        raise RequestError(f"{', '.join(given)} can't be among the arguments: leave it out")
     known = inspect.signature(type(pipeline).__call__).parameters
     if unknown := sorted(set(arguments) - set(known)):
         raise RequestError(
