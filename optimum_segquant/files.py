@@ -271,7 +271,8 @@ def write_manifest(directory: str | os.PathLike[str], files: Iterable[str] | Non
         if name != MANIFEST_NAME
     }
     path = directory / MANIFEST_NAME
-    path.write_text(json.dumps({"manifest_version": MANIFEST_VERSION, "files": entries}, indent=2) + "\n")
+    with replaced_file(path) as partial:  # sealing an existing directory must not cost its manifest
+        partial.write_text(json.dumps({"manifest_version": MANIFEST_VERSION, "files": entries}, indent=2) + "\n")
     return path
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import requests
 import torch
 from optimum.onnxruntime import ORTDiffusionPipeline
 from tiny_pipelines import tiny_sd3_pipeline, tiny_sdxl_pipeline
@@ -45,7 +46,7 @@ from optimum_segquant.serving import (
     write_model_repository,
 )
 from optimum_segquant.serving.graph import with_row_timesteps
-from optimum_segquant.serving.pipeline_model import TritonPythonModel
+from optimum_segquant.serving.pipeline_model import TritonPythonModel, generate
 from optimum_segquant.serving.signature import signature_of
 
 PROMPTS = ["a large red circle", "a green triangle"]
@@ -550,6 +551,13 @@ def test_stock_keys_are_described_for_vllm_omni(tmp_path: Path) -> None:
     assert deployment.backends == {"transformer": "vLLM-Omni (int8)"}
     assert deployment.commands[0].text == "vllm serve . --omni --port 8091"
     assert load_deployment(tmp_path / "native") == deployment
+    assert "vllm serve" in (tmp_path / "native" / "README.md").read_text()
+    # A model card that somebody has written is theirs.
+    (tmp_path / "native" / "README.md").write_text("# My model\n")
+    for _ in range(2):
+        describe_native(tmp_path / "native")
+    assert (tmp_path / "native" / "README.md").read_text() == "# My model\n"
+    assert "vllm serve" in (tmp_path / "native" / "SERVING.md").read_text()
     weights = tmp_path / "native" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(DamagedFilesError, match=r"diffusion_pytorch_model\.safetensors is truncated"):
@@ -570,6 +578,25 @@ def test_configurations_are_protobuf_text() -> None:
     assert parse_config(format_config(config)) == config
     with pytest.raises(ConfigError, match=r'line 1:1: .*no field named "sequence_batching"'):
         parse_config("sequence_batching { }")
+
+
+def test_the_pipelines_model_names_arguments_that_it_sets() -> None:
+    request = {"prompt": np.array(["a red circle"], object), "arguments": np.array(['{"output_type": "pil"}'], object)}
+    with pytest.raises(RequestError, match="output_type can't be among the arguments: leave it out"):
+        generate(tiny_sd3_pipeline(), request)
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    def silent(url: str, timeout: float) -> None:
+        waited.append(timeout)
+        raise requests.ConnectTimeout
+
+    client = TritonClient("http://localhost:1")
+    monkeypatch.setattr(client._session, "get", silent)
+    assert not client.ready()
+    assert waited == [10.0]
 
 
 # -- a server ---------------------------------------------------------------------------------------------------------

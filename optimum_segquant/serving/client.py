@@ -20,6 +20,8 @@ __all__ = ["TritonClient"]
 
 _NAMES = {np.dtype(kind): name.removeprefix("TYPE_") for name, kind in NUMPY_TYPES.items() if kind is not np.object_}
 _TYPES = {name: kind for kind, name in _NAMES.items()}
+_READY = 10.0
+"""Seconds to wait for a server to say that it is ready, which takes it none."""
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -42,7 +44,9 @@ class TritonClient:
     def ready(self) -> bool:
         """Whether the server and all its models are ready; False also where there is no server."""
         try:
-            return self._session.get(f"{self.url}/v2/health/ready", timeout=self.timeout).status_code == 200
+            return (
+                self._session.get(f"{self.url}/v2/health/ready", timeout=min(self.timeout, _READY)).status_code == 200
+            )
         except requests.RequestException:
             return False
 
