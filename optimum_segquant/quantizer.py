@@ -214,9 +214,9 @@ class SegQuantizer(OptimumQuantizer):
                     }
                 try:
                     parts.append(_quantize(name, model, configs[name], changes, data[name], counts[name]))
-                except Exception as error:
+                except Exception:
                     if done := ", ".join(part.name for part in parts):
-                        error.add_note(f"{done} had been quantized by then: load the original again to start anew")
+                        logger.error("%s had been quantized by then: load the original again to start anew", done)
                     raise
         if held is not None:
             with _timed(self._seconds, "evaluate"):
