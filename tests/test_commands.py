@@ -319,6 +319,7 @@ def test_benchmark_measures_three_forms(run: Run, sd3: Path) -> None:
             ("{sd3}", "--output", "{out}", "--dtype", "bfloat16", "--export", "onnx"),
             "transformer of the pipeline can't be exported to ONNX in bfloat16: load it with torch_dtype",
         ),
+        (("{sd3}", "--output", "{out}", "--load", "torch_dtype=float16"), "--load torch_dtype: write --dtype float16"),
         (("{sd3}", "--output", "{sd3}"), "{sd3} would be replaced as a whole, and {sd3} with it"),
         (("{sd3}/transformer", "--output", "{sd3}"), "and {sd3}/transformer with it, which is read: give another"),
         (("--config", "missing.yaml"), "there is no config file missing.yaml"),
@@ -415,6 +416,22 @@ def test_interrupt_and_internal_errors(run: Run, sd3: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(command, "work", staticmethod(stopped))
     assert run("inspect", sd3) == (130, "", "error: stopped; what was finished is kept\n")
+
+
+def test_memory_that_runs_out_is_no_bug(run: Run, sd3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(values: Any) -> base.Result:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(SegQuantCommand.SUBCOMMANDS[3].subcommand_class, "work", staticmethod(full))
+    message = refused(run("inspect", sd3))
+    assert message == (
+        "memory ran out, use smaller batches, sizes or dtypes: CUDA out of memory. Tried to allocate 2 GiB"
+    )
+
+
+def test_lists_in_messages_stay_readable() -> None:
+    assert base.one_line(ValueError("can't pack:\n  a: no\n  b: no\n\nuse  c")) == "can't pack: a: no; b: no use c"
+    assert base.one_line(ValueError()) == "ValueError"
 
 
 def test_a_bug_in_torch_is_no_mistake_of_the_user() -> None:

@@ -96,6 +96,8 @@ class SegQuantSubcommand(BaseOptimumCLICommand):
         except Exception as error:
             if debug:
                 traceback.print_exc()
+            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own
+                _fail(f"memory ran out, use smaller batches, sizes or dtypes: {one_line(error)}", USER_ERROR)
             if is_user_error(error):
                 _fail(one_line(error), USER_ERROR)
             hint = "" if debug else "; --debug shows the traceback, please report it"
@@ -137,8 +139,12 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message without line breaks; indented lines, which are items of a list, are set apart."""
+    text = ""
+    for line in str(error).splitlines():
+        apart = "; " if line[:1].isspace() and text and not text.endswith((":", ";", ",")) else " "
+        text = f"{text}{apart}{' '.join(line.split())}" if line.strip() else text
+    return text.strip() or type(error).__name__
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -96,6 +96,9 @@ def load(source: str, values: Namespace) -> Any:
 
     device = device_of(values)
     arguments = dict(values.load or {})
+    for name in {"torch_dtype", "dtype"} & set(arguments):
+        # A text is no dtype for diffusers, which would load float32.
+        raise ValueError(f"--load {name}: write --dtype {arguments[name]} instead")
     if values.dtype is not None:
         arguments["torch_dtype"] = getattr(torch, values.dtype)
     with _hosts_quiet(values):
