@@ -177,6 +177,20 @@ def test_lora_adapters_sit_on_top_of_a_compiled_model() -> None:
     assert torch.equal(run(model), plain)
 
 
+def test_who_traces_sees_operators_instead_of_launches() -> None:
+    asked = []
+
+    def traced(x: Tensor) -> Tensor:
+        asked.append(cuda.launches_directly())
+        return x + 1
+
+    traced(torch.zeros(1))
+    torch.jit.trace(traced, torch.zeros(1), check_trace=False)
+    with FakeTensorMode():
+        traced(torch.zeros(1))
+    assert asked == [True, False, False]
+
+
 def test_older_gpus_get_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def unexpected(*_: Any, **__: Any) -> None:
         raise AssertionError("a kernel that does not compile here")

@@ -106,7 +106,9 @@ def code_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
 
 def launches_directly() -> bool:
     """Whether nothing traces or compiles what runs."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
