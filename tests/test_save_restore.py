@@ -20,7 +20,7 @@ from modelopt_ext.mode import METADATA_KEY, MODE
 
 HERE = Path(__file__).parent
 
-# Runs in a new process; prints the number of segmented Linears.
+# Runs in a new process; prints the numbers of segmented Linears. Every way starts from a model of its own.
 RESTORE = """
 import sys, torch
 sys.path.insert(0, {here!r})
@@ -29,19 +29,25 @@ import modelopt_ext
 from test_quantize import outputs
 from tiny_pipelines import tiny_sd3_transformer
 
-folder, how, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
-if how == "restore":
-    model = mto.restore(tiny_sd3_transformer(seed=7, dtype=dtype), folder + "/saved.pt")
-elif how == "state":
+folder, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+
+def restore():
+    return mto.restore(tiny_sd3_transformer(seed=7, dtype=dtype), folder + "/saved.pt")
+
+def state():
     state = torch.load(folder + "/state.pt", weights_only=True)
     model = mto.restore_from_modelopt_state(tiny_sd3_transformer(seed=7, dtype=dtype), state)
     model.load_state_dict(torch.load(folder + "/weights.pt", weights_only=True))
-else:
+    return model
+
+def from_pretrained():
     mto.enable_huggingface_checkpointing()
-    model = type(tiny_sd3_transformer()).from_pretrained(folder, torch_dtype=dtype)
-model.eval()
-torch.save(outputs(model, dtype), folder + "/" + how + ".pt")
-print("segmented", sum(isinstance(module, modelopt_ext.SegLinear) for module in model.modules()))
+    return type(tiny_sd3_transformer()).from_pretrained(folder, torch_dtype=dtype)
+
+for way in (restore, state, from_pretrained):
+    model = way().eval()
+    torch.save(outputs(model, dtype), folder + "/" + way.__name__ + ".pt")
+    print("segmented", sum(isinstance(module, modelopt_ext.SegLinear) for module in model.modules()))
 """
 
 
@@ -57,13 +63,18 @@ def save(model: nn.Module, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def restored_elsewhere(folder: Path, how: str, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Outputs and number of segmented Linears of the model restored by a new process."""
+def restored_elsewhere(folder: Path, dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:
+    """Outputs and number of segmented Linears of the model restored by a new process, by way."""
     script = RESTORE.format(here=str(HERE))
-    command = [sys.executable, "-W", "ignore", "-c", script, str(folder), how, str(dtype).removeprefix("torch.")]
+    command = [sys.executable, "-W", "ignore", "-c", script, str(folder), str(dtype).removeprefix("torch.")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return torch.load(folder / f"{how}.pt", weights_only=True), int(result.stdout.split("segmented")[1])
+    counts = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("segmented")]
+    ways = ("restore", "state", "from_pretrained")
+    return {
+        way: (torch.load(folder / f"{way}.pt", weights_only=True), count)
+        for way, count in zip(ways, counts, strict=True)
+    }
 
 
 CASES = {
@@ -76,23 +87,16 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
-    preset, dtype = CASES[request.param]
+@pytest.mark.parametrize("case", CASES)
+def test_bit_equal_in_a_new_process(case: str, tmp_path: Path):
+    preset, dtype = CASES[case]
     model = tiny_sd3_transformer(dtype=dtype)
     mtq.quantize(model, quiet(getattr(modelopt_ext, preset)), loop_over(range(12), dtype))
-    folder = tmp_path_factory.mktemp(request.param)
-    save(model, folder)
-    return folder, model
-
-
-@pytest.mark.parametrize("how", ["restore", "state", "from_pretrained"])
-def test_bit_equal_in_a_new_process(saved: tuple[Path, nn.Module], how: str):
-    folder, model = saved
-    dtype = model.dtype
-    result, count = restored_elsewhere(folder, how, dtype)
-    assert count == segmented(model) > 0
-    assert torch.equal(result, outputs(model, dtype))
+    save(model, tmp_path)
+    expected = outputs(model, dtype)
+    for way, (result, count) in restored_elsewhere(tmp_path, dtype).items():
+        assert count == segmented(model) > 0, way
+        assert torch.equal(result, expected), way
 
 
 @pytest.fixture(scope="module")
