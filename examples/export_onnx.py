@@ -29,7 +29,8 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import score_shapes
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, SD3Transformer2DModel, StableDiffusionXLPipeline
+import wide_blocks
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
 from optimum.onnxruntime import ORTDiffusionPipeline
 from torch import Tensor, nn
 
@@ -214,35 +215,15 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def measure_wide(out: Path, threads: int) -> str:
-    """Size and time of one block of SD3.5-Medium's width, 1024 image and 154 text tokens, random weights."""
-    torch.manual_seed(0)
-    model = SD3Transformer2DModel(
-        sample_size=64,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=2,
-        attention_head_dim=64,
-        num_attention_heads=24,
-        joint_attention_dim=4096,
-        caption_projection_dim=1536,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=64,
-        qk_norm="rms_norm",
-    ).eval()
-    inputs = {
-        "hidden_states": torch.randn(1, 16, 64, 64),
-        "encoder_hidden_states": torch.randn(1, 154, 4096),
-        "pooled_projections": torch.randn(1, 2048),
-        "timestep": torch.tensor([500.0]),
-    }
+    """Size and time of :mod:`wide_blocks`, float32 and INT8 in ONNX Runtime."""
+    model, inputs = wide_blocks.build(), wide_blocks.inputs()
     plain = out / "float32.onnx"
     torch.onnx.export(
         model, (), str(plain), kwargs=dict(inputs), input_names=list(inputs), opset_version=20, dynamo=False
     )
     # Time does not depend on the quality of the scales: no searches.
     fast = {"alpha": 0.5, "clip_grid": (1.0,), "polarity": "shift"}
-    lines = [f"two blocks of SD3.5-Medium's width, 1024 + 154 tokens, {threads} threads"]
+    lines = [f"{wide_blocks.NAME}, {threads} threads"]
     for preset in ("SEGQUANT_CFG", "SEGQUANT_INT8_DYNAMIC_CFG"):
         config = copy.deepcopy(modelopt_ext.presets.PRESETS[preset])
         config["algorithm"] = {**config["algorithm"], **fast}

@@ -1,4 +1,4 @@
-"""The GPU examples, at tiny sizes on a CPU: what they measure and print, and several processes for real."""
+"""The benchmarks of packed models, tiny, on a CPU: what they measure and print, and several processes for real."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark_cpu
 import benchmark_gpu
 import multi_gpu
 import pytest
@@ -35,6 +36,16 @@ def test_plot_of_the_numbers_in_the_repository(tmp_path: Path) -> None:
     assert (tmp_path / "steps.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="no compiled step was measured"):
         benchmark_gpu.plot({"device": "CPU"}, tmp_path / "nothing.png")
+
+
+def test_packed_beside_simulated_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark_cpu.main("--presets SEGQUANT_CFG --heads 2 --calls 1".split())
+    row = re.search(
+        r"\| SEGQUANT_CFG \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+)x \| (\d+) \| ([\d.]+) \|", capsys.readouterr().out
+    )
+    assert row is not None
+    assert all(int(milliseconds) > 0 for milliseconds in row.groups()[:3])
+    assert 0.25 < float(row[6]) < 0.5, "codes take a quarter of float32, scales and biases what they took"
 
 
 def test_device_map(capsys: pytest.CaptureFixture[str]) -> None:
