@@ -28,7 +28,7 @@ from .files import check_replaceable
 from .progress import written_bytes
 from .quantization_report import model_bytes, packed_bytes
 
-__all__ = ["ExportFormat", "check_config", "check_export", "write_export"]
+__all__ = ["ExportFormat", "check_config", "check_export", "expected_bytes", "write_export"]
 
 logger = logging.getLogger(__name__)
 
@@ -139,12 +139,17 @@ def write_export(
         for part in components.values():
             if not any(isinstance(module, PackedLinear) for module in part.modules()):
                 modelopt_ext.compress(part, progress=progress)
-    expected = sum(packed_bytes(part) or model_bytes(part) for part in _modules(model, components).values())
-    with written_bytes(directory, expected, progress=progress):
+    with written_bytes(directory, expected_bytes(model), progress=progress):
         if export == "native":
             export_native(model, directory)
         else:
             save_segquant(model, directory)
+
+
+def expected_bytes(model: Any) -> int:
+    """About what the files of a packed or simulated pipeline or model take, by which a bar counts."""
+    parts = [model] if isinstance(model, nn.Module) else modules_of(model).values()
+    return sum(packed_bytes(part) or model_bytes(part) for part in parts)
 
 
 def _take_off_hooks(name: str, model: nn.Module) -> None:

@@ -214,9 +214,15 @@ def test_evaluate_writes_numbers_and_a_page(run: Run, sd3: Path, quantized: Path
     assert "<img" in (tmp_path / "report.html").read_text()
 
 
-def test_export_and_serve(run: Run, sd3: Path, quantized: Path, tmp_path: Path) -> None:
+def test_export_and_serve(
+    run: Run, sd3: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     onnx, repository = tmp_path / "onnx", tmp_path / "repository"
-    data = json.loads(succeeded(run("export", quantized, "--to", "onnx", "--output", onnx, "--no-verify", "--json")))
+    with monkeypatch.context() as terminal:
+        terminal.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        outcome = run("export", quantized, "--to", "onnx", "--output", onnx, "--no-verify", "--json")
+    assert "ONNX: 100%" in outcome[2]
+    data = json.loads(succeeded(outcome))
     assert data["files"]["transformer/model.onnx"] > 100_000
     assert data["bytes"] == sum(data["files"].values())
 

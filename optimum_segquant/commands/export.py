@@ -42,17 +42,27 @@ class ExportCommand(SegQuantSubcommand):
     def work(values: Namespace) -> Result:
         """Load and write."""
         from optimum_segquant import export_native, export_onnx
+        from optimum_segquant.exports import expected_bytes
         from optimum_segquant.files import check_replaceable, check_spares
+        from optimum_segquant.progress import written_bytes
 
         output = Path(values.output).expanduser()
         check_replaceable(output.resolve())
         check_spares(output, values.source, values.config)
         pipeline = load(values.source, values)
         if values.to == "native":
-            export_native(pipeline, output, max_shard_size=values.max_shard_size)
+            with written_bytes(output, expected_bytes(pipeline), progress=values.progress):
+                export_native(pipeline, output, max_shard_size=values.max_shard_size)
         else:
             target = "tensorrt" if values.to == "tensorrt" else "onnxruntime"
-            export_onnx(pipeline, output, target=target, opset=values.opset, verify=not values.no_verify)
+            export_onnx(
+                pipeline,
+                output,
+                target=target,
+                opset=values.opset,
+                verify=not values.no_verify,
+                progress=values.progress,
+            )
         files = {
             file.relative_to(output).as_posix(): file.stat().st_size for file in output.rglob("*") if file.is_file()
         }
