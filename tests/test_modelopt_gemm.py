@@ -61,6 +61,28 @@ def test_products_of_codes_are_found_and_give_the_simulations_numbers(name: str)
     assert sqnr(expected, found) > 60
 
 
+@pytest.mark.usefixtures("without_ranges")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_are_the_simulations(name: str) -> None:
+    """Of the input and of a bias, as training an adapter beside a compressed Linear needs them."""
+    data = torch.randn(5, 20, 64) * torch.linspace(0.1, 4, 64)
+    quantized = mtq.quantize(model(), copy.deepcopy(CONFIGS[name]), lambda module: module(data))
+    bias = quantized[0].bias
+
+    def gradients() -> tuple[torch.Tensor, torch.Tensor]:
+        x = data.clone().requires_grad_()
+        return torch.autograd.grad(quantized(x).square().sum(), (x, bias))
+
+    expected = gradients()
+    mtq.compress(quantized)
+    enable_real_quant_gemm(quantized)
+    found = gradients()
+    assert quantized[0]._real_quant_gemm_impl is modelopt_gemm.int8_linear
+    for of_simulation, of_codes in zip(expected, found, strict=True):
+        assert of_codes.dtype == of_simulation.dtype
+        assert sqnr(of_simulation, of_codes) > 50
+
+
 def test_other_formats_are_left_to_modelopt() -> None:
     data = torch.randn(8, 64)
     quantized = mtq.quantize(model(), copy.deepcopy(mtq.FP8_DEFAULT_CFG), lambda module: module(data))

@@ -63,9 +63,11 @@ def _rounds_to_int8(quantizer: Any) -> bool:
     return fmt.per_row if fmt.dynamic else not fmt.per_row
 
 
-@torch.no_grad()
 def int8_linear(module: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` of a compressed Linear by int8 codes; for inference.
+    """``F.linear`` of a compressed Linear by int8 codes.
+
+    Gradients of input and bias are those of the dequantized weight, straight through the rounding of activations, as
+    ModelOpt's FP8 product has them: adapters can be trained around it. The weight has none.
 
     Args:
         module: a ``RealQuantLinear`` that :func:`register` found fitting.
@@ -76,13 +78,54 @@ def int8_linear(module: Any, input: Tensor, weight: Tensor, bias: Tensor | None 
     Returns:
         (..., N) in ``input``'s dtype.
     """
-    x = input.reshape(-1, input.shape[-1])
     factor = module.input_quantizer.pre_quant_scale
     smoothing = None if factor is None else 1 / factor.float().reshape(1, -1)
     dynamic = module.input_quantizer._dynamic
     static = None if dynamic else step_size(module.input_quantizer.amax, _INT8).reshape(1, 1)
-    found = quantize(x, _INT8, (x.shape[1],), ("none",), None, smoothing, static)
     scale = module.weight_quantizer._scale.float().reshape(-1).expand(weight.shape[0])
     codes = weight.data.view(torch.int8).reshape(weight.shape[0], -1)
-    product = scaled_mm(found.codes, codes, found.scales[0], scale, bias, out_dtype=input.dtype)
+    x = input.reshape(-1, input.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        product = _WithGradient.apply(x, bias, codes, scale, smoothing, static)
+    else:
+        product = _product(x, bias, codes, scale, smoothing, static)
     return product.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _product(
+    x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, smoothing: Tensor | None, static: Tensor | None
+) -> Tensor:
+    found = quantize(x, _INT8, (x.shape[1],), ("none",), None, smoothing, static)
+    return scaled_mm(found.codes, codes, found.scales[0], scale, bias, out_dtype=x.dtype)
+
+
+class _WithGradient(torch.autograd.Function):
+    """:func:`_product`, differentiable in x and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        scale: Tensor,
+        smoothing: Tensor | None,
+        static: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scale, smoothing)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _product(x, bias, codes, scale, smoothing, static)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        codes, scale, smoothing = ctx.saved_tensors
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = codes.to(gradient.dtype) * scale[:, None].to(gradient.dtype)
+            of_x = gradient @ weight
+            if smoothing is not None:
+                of_x = (of_x / smoothing).to(gradient.dtype)
+        if ctx.needs_input_grad[1]:
+            of_bias = gradient.sum(dim=0).to(ctx.bias_dtype)
+        return of_x, of_bias, None, None, None, None
