@@ -21,6 +21,7 @@ from torch import nn
 
 import modelopt_ext
 from modelopt_ext.presets import PRESETS
+from optimum_segquant.quantization_report import model_bytes
 
 DEFAULT_PRESETS = ("SEGQUANT_CFG", "SEGQUANT_INT8_DYNAMIC_CFG", "SEGQUANT_FP8_CFG")
 # Time does not depend on the quality of the scales: no searches.
@@ -41,11 +42,6 @@ def milliseconds(models: dict[str, nn.Module], calls: int) -> dict[str, float]:
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def megabytes(model: nn.Module) -> float:
-    """Of parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e6
-
-
 def measure(presets: Sequence[str], calls: int, heads: int) -> str:
     """A row for each preset, Markdown."""
     plain = wide_blocks.build(heads)
@@ -59,10 +55,10 @@ def measure(presets: Sequence[str], calls: int, heads: int) -> str:
         simulated = mtq.quantize(copy.deepcopy(plain), config, lambda model: model(**wide_blocks.inputs()))
         packed = modelopt_ext.compress(copy.deepcopy(simulated))
         found = milliseconds({"float32": plain, "simulated": simulated, "packed": packed}, calls)
-        size = megabytes(packed)
+        size = model_bytes(packed)
         lines.append(
             f"| {preset} | {found['float32']:.0f} | {found['simulated']:.0f} | {found['packed']:.0f} "
-            f"| {found['simulated'] / found['packed']:.2f}x | {size:.0f} | {size / megabytes(plain):.2f} |"
+            f"| {found['simulated'] / found['packed']:.2f}x | {size / 1e6:.0f} | {size / model_bytes(plain):.2f} |"
         )
     return "\n".join(lines)
 

@@ -165,13 +165,16 @@ def check_spares(target: Path, *sources: str | os.PathLike[str] | None) -> None:
             )
 
 
-def check_writable(path: str | os.PathLike[str], *, example: str, endings: Iterable[str] = ()) -> Path:
+def check_writable(
+    path: str | os.PathLike[str], *, example: str, endings: Iterable[str] = (), kind: str = "a file"
+) -> Path:
     """Refuse the name of a file that can't be written, before the work that it is to hold.
 
     Args:
         path: of the file; its folder need not exist.
         example: a good name, for messages.
         endings: that it may have, with their dots, in lower case; by default any.
+        kind: what is written, for messages.
 
     Returns:
         The path, with ``~`` expanded.
@@ -182,7 +185,7 @@ def check_writable(path: str | os.PathLike[str], *, example: str, endings: Itera
     """
     target = Path(path).expanduser()
     if target.is_dir():
-        raise IsADirectoryError(f"{target} is a directory: give the name of a file, such as {target / example}")
+        raise IsADirectoryError(f"{target} is a directory: give the name of {kind}, such as {target / example}")
     allowed = sorted(endings)
     if allowed and target.suffix.lower() not in allowed:
         raise ValueError(f"{target} must end in {', '.join(allowed)}, such as {target.with_name(example)}")

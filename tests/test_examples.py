@@ -17,13 +17,14 @@ SMALL = "--steps 8 --calibration-prompts 4 --calibration-steps 4 --unseen-prompt
 
 @pytest.mark.slow
 def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    quantize_shapes.main([*SMALL, "--columns", "2", "--out", str(tmp_path), "--rows", "*SMOOTHQUANT*", "SEGQUANT_CFG"])
+    quantize_shapes.main([*SMALL, "--columns", "2", "--out", str(tmp_path), "--rows", "*SMOOTHQUANT*", "SEGQUANT_CFG*"])
     results = json.loads((tmp_path / "results.json").read_text())["quantized"]
     sqnr = {name: row["velocity_sqnr_db"] for name, row in results.items()}
     assert list(sqnr) == [
         "ModelOpt INT8_SMOOTHQUANT_CFG",
         "INT8_SMOOTHQUANT_CFG, Linears only",
         "SEGQUANT_CFG",
+        "SEGQUANT_CFG, all layers static",
     ]
     assert sqnr["SEGQUANT_CFG"] > sqnr["ModelOpt INT8_SMOOTHQUANT_CFG"] + 8
     assert sqnr["SEGQUANT_CFG"] > sqnr["INT8_SMOOTHQUANT_CFG, Linears only"] + 2

@@ -339,7 +339,7 @@ def test_wrong_calls(tmp_path: Path) -> None:
         write_report(tmp_path / "r.html", quantization="report.json")
     with pytest.raises(ValueError, match="max_images must not be negative"):
         write_report(tmp_path / "r.html", complete(), max_images=-1)
-    with pytest.raises(IsADirectoryError, match=r"give the name of a file, such as .*report\.html"):
+    with pytest.raises(IsADirectoryError, match=r"give the name of an HTML file, such as .*report\.html"):
         write_report(tmp_path, complete())
     assert list(tmp_path.iterdir()) == []
 

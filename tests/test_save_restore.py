@@ -47,7 +47,7 @@ def from_pretrained():
 for way in (restore, state, from_pretrained):
     model = way().eval()
     torch.save(outputs(model, dtype), folder + "/" + way.__name__ + ".pt")
-    print("segmented", sum(isinstance(module, modelopt_ext.SegLinear) for module in model.modules()))
+    print("segmented", way.__name__, sum(isinstance(module, modelopt_ext.SegLinear) for module in model.modules()))
 """
 
 
@@ -69,12 +69,8 @@ def restored_elsewhere(folder: Path, dtype: torch.dtype) -> dict[str, tuple[Tens
     command = [sys.executable, "-W", "ignore", "-c", script, str(folder), str(dtype).removeprefix("torch.")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    counts = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("segmented")]
-    ways = ("restore", "state", "from_pretrained")
-    return {
-        way: (torch.load(folder / f"{way}.pt", weights_only=True), count)
-        for way, count in zip(ways, counts, strict=True)
-    }
+    counted = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("segmented")]
+    return {way: (torch.load(folder / f"{way}.pt", weights_only=True), int(count)) for way, count in counted}
 
 
 CASES = {
@@ -94,7 +90,9 @@ def test_bit_equal_in_a_new_process(case: str, tmp_path: Path):
     mtq.quantize(model, quiet(getattr(modelopt_ext, preset)), loop_over(range(12), dtype))
     save(model, tmp_path)
     expected = outputs(model, dtype)
-    for way, (result, count) in restored_elsewhere(tmp_path, dtype).items():
+    found = restored_elsewhere(tmp_path, dtype)
+    assert list(found) == ["restore", "state", "from_pretrained"]
+    for way, (result, count) in found.items():
         assert count == segmented(model) > 0, way
         assert torch.equal(result, expected), way
 

@@ -33,6 +33,7 @@ from modelopt_ext.export.onnx import (
 from modelopt_ext.export.tensorrt import assert_tensorrt
 from modelopt_ext.nn.packed import PackedSpec
 
+from ..components import modules_of
 from ..files import staged_directory, write_manifest
 from ..provenance import export_record, write_export_record
 
@@ -296,8 +297,9 @@ def check_dtypes(pipeline: DiffusionPipeline) -> None:
     Raises:
         ValueError: names the components.
     """
-    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    wrong = [name for name, part in parts.items() if any(p.dtype is torch.bfloat16 for p in part.parameters())]
+    wrong = [
+        name for name, part in modules_of(pipeline).items() if any(p.dtype is torch.bfloat16 for p in part.parameters())
+    ]
     if wrong:
         raise ValueError(
             f"{', '.join(wrong)} of the pipeline can't be exported to ONNX in bfloat16: load it with "

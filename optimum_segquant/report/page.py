@@ -116,7 +116,7 @@ def write_report(
         )
     if max_images < 0 or image_size < 16:
         raise ValueError("max_images must not be negative, and image_size at least 16 pixels")
-    target = check_writable(path, example="report.html")
+    target = check_writable(path, example="report.html", kind="an HTML file")
     text = render(_page(evaluation, report, plan, config, title, max_images, image_size))
     target.parent.mkdir(parents=True, exist_ok=True)
     with full_disk_named(f"writing {target}", "free some space and write it again"), replaced_file(target) as partial:
