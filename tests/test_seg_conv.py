@@ -373,7 +373,7 @@ def test_a_cut_inside_a_group_of_the_norm():
             model(batch)
 
     def reached(**algorithm: Any) -> tuple[float, Any]:
-        # Without clipping, which can win the uncut convolution as much where the larger range has few values at its end.
+        # Without clipping, which can win the uncut one as much, where the larger range has few values at its end.
         config = changed(CONFIG, polarity="none", alpha=None, clip_grid=(1.0,), **algorithm)
         with torch.no_grad():
             model = mtq.quantize(Straddled(), config, loop)
