@@ -17,6 +17,7 @@ from .formats import QuantFormat, step_size, to_codes
 from .mode import plan_of
 from .nn import InputBank, SegLayout, SegLinear, WeightBank, input_block, weight_block
 from .nn.alike import make_alike
+from .nn.gelu import lighten_gelu
 from .nn.layout import SPLIT_BY_SIGN
 from .nn.packed import FORMATS, CodeType, PackedLinear, PackedSpec
 from .nn.rotation import rotate
@@ -72,6 +73,7 @@ def compress(model: nn.Module, *, progress: bool = False) -> nn.Module:
         return pack(model)
     make_alike(model)
     _take_out_modelopt(model)
+    lighten_gelu(model)
     if ModeloptStateManager.is_converted(model):
         ModeloptStateManager.remove_state(model)
     if outside:
@@ -210,7 +212,7 @@ def packed_spec(module: nn.Module) -> PackedSpec:
         group=weight_format.group,
         activations=_code_type(input_format),
         per_token=input_format is not None and input_format.dynamic,
-        smoothing=_smoothing(quantized) is not None,
+        smoothing=_inverse_smoothing(quantized) is not None,
         shift=segmented is not None and segmented.input_quantizer.shift is not None,
         rank=0 if up is None else up.shape[1],
     )
@@ -232,7 +234,7 @@ def pack(module: nn.Module) -> PackedLinear:
     segmented = module if isinstance(module, SegLinear) else None
     weight_format = QuantFormat.of(quantized.weight_quantizer, "weight_quantizer")
     assert weight_format is not None
-    smoothing, shift = _smoothing(quantized), segmented.input_quantizer.shift if segmented else None
+    inverse, shift = _inverse_smoothing(quantized), segmented.input_quantizer.shift if segmented else None
     down, up = (segmented.weight_quantizer.down, segmented.weight_quantizer.up) if segmented else (None, None)
     bias = segmented._effective_bias(weight) if segmented else quantized.bias
     layout = segmented.layout if segmented else _whole(quantized)
@@ -243,7 +245,8 @@ def pack(module: nn.Module) -> PackedLinear:
         packed.bias.copy_(bias)
     if packed.input_scale is not None:
         _static_scales(quantized, packed)
-    for name, value in (("smoothing", smoothing), ("shift", shift), ("low_rank_down", down), ("low_rank_up", up)):
+    tensors = {"inverse_smoothing": inverse, "shift": shift, "low_rank_down": down, "low_rank_up": up}
+    for name, value in tensors.items():
         if value is not None:
             getattr(packed, name).copy_(value)
     return packed
@@ -255,12 +258,13 @@ def _whole(module: Any) -> SegLayout:
     return SegLayout(inputs, outputs, outputs, ("none",))
 
 
-def _smoothing(module: Any) -> Tensor | None:
-    """What activations are divided by, (G, K) float32."""
+def _inverse_smoothing(module: Any) -> Tensor | None:
+    """What activations are multiplied by, (G, K) float32."""
     if isinstance(module, SegLinear):
-        return module.input_quantizer.smoothing
+        smoothing = module.input_quantizer.smoothing
+        return None if smoothing is None else smoothing.reciprocal()
     scale = module.input_quantizer.pre_quant_scale
-    return None if scale is None else 1 / scale.float().reshape(1, -1)
+    return None if scale is None else scale.float().reshape(1, -1)
 
 
 def _encode(module: Any, weight: Tensor, scales: Tensor, layout: SegLayout, fmt: QuantFormat) -> Tensor:

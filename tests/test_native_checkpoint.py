@@ -438,7 +438,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[PackedLinear], Any] | None, str
     "groups": (STATIC_FP8 | GROUPS, lambda layer: layer.input_scale[1].fill_(2), "2 output groups"),
     "polarity": ({"polarity": ("dual8",)}, None, "split by sign"),
     "rotation": ({"rotation": (8,)}, None, "rotated"),
-    "smoothing": ({"smoothing": True}, lambda layer: layer.smoothing[0, 3].fill_(2), "smoothed"),
+    "smoothing": ({"smoothing": True}, lambda layer: layer.inverse_smoothing[0, 3].fill_(2), "smoothed"),
     "shift": ({"shift": True}, None, "shifted"),
     "branch": ({"rank": 2}, None, "rank 2"),
     "channels of static fp8": (STATIC_FP8, lambda layer: layer.weight_scale[2].fill_(3), "one weight scale"),

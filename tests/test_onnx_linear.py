@@ -43,8 +43,8 @@ def packed_linear(spec: PackedSpec, seed: int = 0) -> PackedLinear:
         if (scale := getattr(linear, name)) is not None:
             # Clips a little: the largest of a few hundred normal numbers is near 3.
             scale.copy_((rand(scale) + 2) / FORMATS[spec.activations].max_code)
-    if linear.smoothing is not None:
-        linear.smoothing.copy_(rand(linear.smoothing) + 0.5)
+    if linear.inverse_smoothing is not None:
+        linear.inverse_smoothing.copy_(rand(linear.inverse_smoothing) + 0.5)
     if linear.shift is not None:
         linear.shift.copy_(rand(linear.shift) - 0.5)
     if linear.low_rank_down is not None:

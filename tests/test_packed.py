@@ -243,7 +243,7 @@ def test_modelopts_own_algorithms_pack_too() -> None:
     config = linear_only(INT8, STATIC)
     mtq.quantize(model, {"quant_cfg": config["quant_cfg"], "algorithm": "smoothquant"}, loop_over(range(6)))
     packed = modelopt_ext.compress(copy.deepcopy(model))
-    assert any(m.smoothing is not None for m in packed.modules() if isinstance(m, PackedLinear))
+    assert any(m.inverse_smoothing is not None for m in packed.modules() if isinstance(m, PackedLinear))
     assert sqnr(outputs(model), outputs(packed)) > 30
 
 

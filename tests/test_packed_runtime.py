@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_blocks_have_the_same_tensors_in_the_same_places() -> None:
         if len({layer.spec.layout.out_groups for layer in layers}) == 1 < len(layers):
             compared += 1
             assert len({layer.shift is None for layer in layers}) == 1, name
-            assert len({layer.smoothing is None for layer in layers}) == 1, name
+            assert len({layer.inverse_smoothing is None for layer in layers}) == 1, name
     assert compared > 5
 
 
@@ -106,7 +107,7 @@ def test_what_is_float32_does_not_follow_the_default_dtype() -> None:
     make_alike(blocks)
     equipped: Any = blocks[0]
     assert equipped[0].spec == specs[1]
-    assert equipped[0].shift.dtype == equipped[0].smoothing.dtype == torch.float32
+    assert equipped[0].shift.dtype == equipped[0].inverse_smoothing.dtype == torch.float32
 
 
 def test_alike_changes_no_number() -> None:
@@ -189,6 +190,47 @@ def test_who_traces_sees_operators_instead_of_launches() -> None:
     with FakeTensorMode():
         traced(torch.zeros(1))
     assert asked == [True, False, False]
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that was built for CUDA, but no GPU")
+@pytest.mark.parametrize("per_token", [False, True], ids=["static", "per-token"])
+@pytest.mark.parametrize("polarity", ["none", "dual"])
+@pytest.mark.parametrize(("segments", "groups"), [((64,), (48,)), ((32, 32), (48,)), ((32, 32), (32, 16))])
+@pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
+def test_a_compiler_gets_through_what_runs_on_a_gpu(
+    codes: Any,
+    segments: tuple[int, ...],
+    groups: tuple[int, ...],
+    polarity: str,
+    per_token: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With tensors that only say that they are on one."""
+    monkeypatch.setattr(cuda, "_has_triton", lambda: codes == "int8")
+    monkeypatch.setattr(cuda, "_multiplies_int8", lambda _: True)
+    monkeypatch.setattr(cuda, "_fp8_fits", lambda *_: True)
+    if codes == "int8":
+        triton_gemm = pytest.importorskip("modelopt_ext.kernels.triton_gemm", reason="Triton is not installed")
+        monkeypatch.setattr(triton_gemm, "_properties", lambda _: (True, 3))
+        monkeypatch.setattr(triton_gemm, "_shared_memory", lambda _: 227 * 1024)
+        monkeypatch.setattr(triton_gemm, "on_device_of", lambda _: nullcontext())
+    layout = SegLayout(segments, groups, groups, (polarity,) * len(segments))
+    spec = PackedSpec(layout, codes, activations=codes, per_token=per_token, smoothing=True, shift=True)
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with FakeTensorMode(), torch.no_grad():
+        layer = PackedLinear(spec, dtype=torch.bfloat16, device="cuda")
+        x = torch.empty(1, 200, 64, dtype=torch.bfloat16, device="cuda")
+        found = torch.compile(layer, backend=backend, fullgraph=True)(x)
+    assert (found.shape, found.dtype, found.device.type) == ((1, 200, 48), torch.bfloat16, "cuda")
+    fp8 = "_scaled_mm" if len(segments) == 1 else "segquant.fp8_gemm"
+    products = [name for name in called if ("segquant.code_gemm" if codes == "int8" else fp8) in name]
+    # Triton multiplies both signs at once.
+    assert len(products) == len(segments) * len(groups) * (2 if polarity == "dual" and codes != "int8" else 1)
 
 
 def test_older_gpus_get_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

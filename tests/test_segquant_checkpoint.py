@@ -163,7 +163,7 @@ def test_files(saved):
     config = json.loads((saved / "config.json").read_text())
     assert "_name_or_path" not in config
     quantization = config["quantization_config"]
-    assert (quantization["quant_method"], quantization["format_version"]) == ("segquant", 1)
+    assert (quantization["quant_method"], quantization["format_version"]) == ("segquant", 2)
     assert violations(quantization, schema()) == []
     model = packed_denoiser()
     with safe_open(saved / WEIGHTS, "pt") as file:
@@ -266,9 +266,9 @@ def test_one_process_writes(tmp_path):
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [2, "1", True, None])
+@pytest.mark.parametrize("version", [1, 3, "2", True, None])
 def test_unknown_format_versions(saved, version):
-    with pytest.raises(CheckpointError, match=r"format_version .*reads version 1: update"):
+    with pytest.raises(CheckpointError, match=r"format_version .*reads version 2: update"):
         SD3Transformer2DModel.from_pretrained(edited(saved, format_version=version))
 
 

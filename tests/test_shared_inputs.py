@@ -36,7 +36,7 @@ def shared_tensors(model: nn.Module, names: tuple[str, ...]) -> list[list[Tensor
     """For each tensor that fused Linears have in common, its values in every one of them."""
     layers = [model.get_submodule(name) for name in names]
     assert all(isinstance(layer, PackedLinear) for layer in layers)
-    fields = ("smoothing", "shift", "input_scale", "input_scale_negative", "low_rank_down")
+    fields = ("inverse_smoothing", "shift", "input_scale", "input_scale_negative", "low_rank_down")
     values = [[getattr(layer, field) for layer in layers] for field in fields]
     return [found for found in values if any(value is not None for value in found)]
 

@@ -215,7 +215,7 @@ def problems_of(layer: PackedLinear) -> list[str]:
         problems.append(f"its input is split by sign ({', '.join(sorted(set(layout.polarity) - {'none'}))})")
     if any(size != 1 for size in layout.rotation):
         problems.append("its input is rotated")
-    if layer.smoothing is not None and not bool((layer.smoothing == 1).all()):
+    if layer.inverse_smoothing is not None and not bool((layer.inverse_smoothing == 1).all()):
         problems.append("its input is smoothed")
     if layer.shift is not None and bool(layer.shift.any()):
         problems.append("its input is shifted")

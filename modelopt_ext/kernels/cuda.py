@@ -124,26 +124,59 @@ def fp8_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     Sums run in the tensor cores' own accumulators (``use_fast_accum``), which keep 14 bits or more of each partial sum:
     30 dB below the rounding of the codes.
     """
-    half, channels, bias = torch.bfloat16, operands.channels, operands.bias
-    a, b = operands.a[:, channels], operands.b[:, channels]
+    half, bias = torch.bfloat16, operands.bias
     if not operands.is_dual and out_dtype == half:
-        return _row_wise(a, b, operands.scale_a, operands.scale_b, None if bias is None else bias.to(half))
-    total = _row_wise(a, b, operands.scale_a, operands.scale_b, None).float()
+        return _row_wise(operands, operands.a, operands.scale_a, None if bias is None else bias.to(half))
+    total = _row_wise(operands, operands.a, operands.scale_a, None).float()
     if operands.a2 is not None and operands.scale_a2 is not None:
         # No kernel shares the weight between two E4M3 products of many rows.
-        second = _row_wise(operands.a2[:, channels], b, operands.scale_a2, operands.scale_b, None)
+        second = _row_wise(operands, operands.a2, operands.scale_a2, None)
         total = total + operands.sign * second.float()
     return (total if bias is None else total + bias).to(out_dtype)
 
 
-def _row_wise(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> Tensor:
+def _row_wise(operands: Operands, a: Tensor, scale_a: Tensor, bias: Tensor | None) -> Tensor:
     """One product with a scale per row of ``a`` and of ``b``, (M, N) bfloat16."""
+    scale_a, scale_b = scale_a.expand(a.shape[0], 1), operands.scale_b.reshape(1, -1)
+    whole = operands.channels == slice(0, a.shape[1])
+    product = _scaled_mm if whole or launches_directly() else torch.ops.segquant.fp8_gemm
+    return product(a, operands.b, scale_a.contiguous(), scale_b.contiguous(), bias, *_bounds(operands))
+
+
+def _bounds(operands: Operands) -> tuple[int, int]:
+    return operands.channels.start, operands.channels.stop
+
+
+def _scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, start: int, stop: int
+) -> Tensor:
+    """Over the channels from ``start`` to ``stop``, where they lie: rows may be further apart than they are long."""
     return torch._scaled_mm(
-        a if a.stride(1) == 1 else a.contiguous(),
-        (b if b.stride(1) == 1 else b.contiguous()).t(),
-        scale_a=scale_a.expand(a.shape[0], 1).contiguous(),
-        scale_b=scale_b.reshape(1, -1).contiguous(),
+        _part(a, start, stop),
+        _part(b, start, stop).t(),
+        scale_a=scale_a,
+        scale_b=scale_b,
         bias=bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
+
+
+def _part(x: Tensor, start: int, stop: int) -> Tensor:
+    """Its channels from ``start`` to ``stop``, copied where rows would not start at multiples of 16 bytes."""
+    part = x[:, start:stop]
+    fits = part.stride(1) == 1 and start % FP8_MULTIPLE == 0 and part.stride(0) % FP8_MULTIPLE == 0
+    return part if fits else part.contiguous()
+
+
+# An operator of whole matrices: given parts of one that it has yet to compute, the compiler computes each by itself.
+torch.library.define(
+    "segquant::fp8_gemm",
+    "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, int start, int stop) -> Tensor",
+)
+torch.library.impl("segquant::fp8_gemm", "CUDA", _scaled_mm)
+
+
+@torch.library.register_fake("segquant::fp8_gemm")
+def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.bfloat16)

@@ -79,23 +79,23 @@ def int8_linear(module: Any, input: Tensor, weight: Tensor, bias: Tensor | None 
         (..., N) in ``input``'s dtype.
     """
     factor = module.input_quantizer.pre_quant_scale
-    smoothing = None if factor is None else 1 / factor.float().reshape(1, -1)
+    inverse = None if factor is None else factor.float().reshape(1, -1)
     dynamic = module.input_quantizer._dynamic
     static = None if dynamic else step_size(module.input_quantizer.amax, _INT8).reshape(1, 1)
     scale = module.weight_quantizer._scale.float().reshape(-1).expand(weight.shape[0])
     codes = weight.data.view(torch.int8).reshape(weight.shape[0], -1)
     x = input.reshape(-1, input.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        product = _WithGradient.apply(x, bias, codes, scale, smoothing, static)
+        product = _WithGradient.apply(x, bias, codes, scale, inverse, static)
     else:
-        product = _product(x, bias, codes, scale, smoothing, static)
+        product = _product(x, bias, codes, scale, inverse, static)
     return product.reshape(*input.shape[:-1], weight.shape[0])
 
 
 def _product(
-    x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, smoothing: Tensor | None, static: Tensor | None
+    x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, inverse: Tensor | None, static: Tensor | None
 ) -> Tensor:
-    found = quantize(x, _INT8, (x.shape[1],), ("none",), None, smoothing, static)
+    found = quantize(x, _INT8, (x.shape[1],), ("none",), None, inverse, static)
     return scaled_mm(found.codes, codes, found.scales[0], scale, bias, out_dtype=x.dtype)
 
 
@@ -109,23 +109,23 @@ class _WithGradient(torch.autograd.Function):
         bias: Tensor | None,
         codes: Tensor,
         scale: Tensor,
-        smoothing: Tensor | None,
+        inverse: Tensor | None,
         static: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(codes, scale, smoothing)
+        ctx.save_for_backward(codes, scale, inverse)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _product(x, bias, codes, scale, smoothing, static)
+        return _product(x, bias, codes, scale, inverse, static)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        codes, scale, smoothing = ctx.saved_tensors
+        codes, scale, inverse = ctx.saved_tensors
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
             weight = codes.to(gradient.dtype) * scale[:, None].to(gradient.dtype)
             of_x = gradient @ weight
-            if smoothing is not None:
-                of_x = (of_x / smoothing).to(gradient.dtype)
+            if inverse is not None:
+                of_x = (of_x * inverse).to(gradient.dtype)
         if ctx.needs_input_grad[1]:
             of_bias = gradient.sum(dim=0).to(ctx.bias_dtype)
         return of_x, of_bias, None, None, None, None

@@ -74,7 +74,7 @@ def _product_of(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     few = operands.rows <= FEW_ROWS and cuda.has_triton()
     if groups > 1 and not (few and (b.shape[0] // groups) % cuda.NARROWEST_TILE == 0):
         return torch.cat([_product_of(part, out_dtype) for part in operands.by_group()], dim=1)
-    if a.dtype == torch.int8 or few or (operands.size < a.shape[1] and cuda.has_triton()):
+    if a.dtype == torch.int8 or few:
         return cuda.code_gemm(operands, out_dtype)
     return cuda.fp8_gemm(operands, out_dtype)
 

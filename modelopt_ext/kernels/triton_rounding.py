@@ -1,10 +1,9 @@
 """Activations to codes in one pass over them: shift, smoothing, scale (static or per token), both signs, rounding.
 
-A program has a few rows of one segment for one output group, so that what belongs to a channel is read and inverted
-once for all of them. With static scales it takes a block of channels; with scales per token it goes over the rows
-twice, for the largest magnitude and for the codes, and the second time they come from the cache.
+A program has a few rows of one segment for one output group, so that what belongs to a channel is read
+once for all of them. With static scales it takes a block of channels. With scales per token it takes all channels and
+keeps them in registers from the largest magnitude to the codes; rows too long for that are read again from the cache.
 
-Multiplying by inverses instead of dividing moves a code only where it was a tie but for float32's last digit.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .rounding import Quantized, offset_of
 POLARITIES = ("none", "dual", "dual8")
 # (rows, most channels, warps) that a program holds at a time.
 STATIC_BLOCK = (16, 512, 4)
-PER_TOKEN_BLOCK = (4, 2048, 8)
+PER_TOKEN_BLOCKS = ((4, 2048, 8), (2, 4096, 4))  # that hold a row; longer ones are read twice, in blocks of the first
 
 
 @triton.jit
@@ -41,10 +40,34 @@ def _codes(z, inverse, LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constex
 
 
 @triton.jit
+def _smoothed(
+    x_rows,
+    shift_ptr,
+    inverse_row,
+    is_row,
+    first,
+    START,
+    SIZE,
+    HAS_SHIFT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(x - shift) * inverse smoothing of a block of channels; 0 beyond the last."""
+    k = first + tl.arange(0, BLOCK)
+    inside = k < SIZE
+    z = tl.load(x_rows + k[None, :], mask=is_row & inside[None, :], other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        z = z - tl.load(shift_ptr + START + k, mask=inside, other=0.0)[None, :]
+    if HAS_SMOOTHING:
+        z = z * tl.load(inverse_row + START + k, mask=inside, other=1.0)[None, :]
+    return z
+
+
+@triton.jit
 def _quantize(
     x_ptr,
     shift_ptr,
-    smoothing_ptr,
+    inverse_ptr,
     scale_ptr,
     scale2_ptr,
     codes_ptr,
@@ -81,23 +104,17 @@ def _quantize(
     first = tl.program_id(1) * BLOCK
     inverse = 1.0
     inverse2 = 1.0
+    inverse_row = inverse_ptr + group * K
+    z = _smoothed(x_rows, shift_ptr, inverse_row, is_row, first, START, SIZE, HAS_SHIFT, HAS_SMOOTHING, BLOCK)
     if PER_TOKEN:
-        largest = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        largest2 = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        for block in range(BLOCKS):
-            k = block * BLOCK + tl.arange(0, BLOCK)
-            inside = k < SIZE
-            z = tl.load(x_rows + k[None, :], mask=is_row & inside[None, :], other=0.0).to(tl.float32)
-            if HAS_SHIFT:
-                z = z - tl.load(shift_ptr + START + k, mask=inside, other=0.0)[None, :]
-            if HAS_SMOOTHING:
-                factor = 1.0 / tl.load(smoothing_ptr + group * K + START + k, mask=inside, other=1.0)
-                z = z * factor[None, :]
-            if POLARITY == 0:
-                largest = tl.maximum(largest, tl.abs(z))
-            else:
-                largest = tl.maximum(largest, z)
-                largest2 = tl.maximum(largest2, -z)
+        largest = tl.abs(z) if POLARITY == 0 else z
+        largest2 = -z
+        for block in range(1, BLOCKS):
+            z = _smoothed(
+                x_rows, shift_ptr, inverse_row, is_row, block * BLOCK, START, SIZE, HAS_SHIFT, HAS_SMOOTHING, BLOCK
+            )
+            largest = tl.maximum(largest, tl.abs(z) if POLARITY == 0 else z)
+            largest2 = tl.maximum(largest2, -z)
         scale = tl.math.div_rn(tl.maximum(tl.max(largest, axis=1), SMALLEST), LARGEST_CODE)
         scale2 = tl.math.div_rn(tl.maximum(tl.max(largest2, axis=1), SMALLEST), LARGEST_CODE)
         found = SEGMENT * tl.num_programs(2) * M + out_row
@@ -111,16 +128,11 @@ def _quantize(
         if POLARITY != 0:
             inverse2 = 1.0 / tl.load(scale2_ptr + group * SEGMENTS + SEGMENT)
     for block in range(BLOCKS):
-        k = first + block * BLOCK + tl.arange(0, BLOCK)
-        inside = k < SIZE
-        both = is_row & inside[None, :]
-        z = tl.load(x_rows + k[None, :], mask=both, other=0.0).to(tl.float32)
-        if HAS_SHIFT:
-            z = z - tl.load(shift_ptr + START + k, mask=inside, other=0.0)[None, :]
-        if HAS_SMOOTHING:
-            # Once for all rows of the program.
-            factor = 1.0 / tl.load(smoothing_ptr + group * K + START + k, mask=inside, other=1.0)
-            z = z * factor[None, :]
+        start = first + block * BLOCK
+        if BLOCKS > 1:
+            z = _smoothed(x_rows, shift_ptr, inverse_row, is_row, start, START, SIZE, HAS_SHIFT, HAS_SMOOTHING, BLOCK)
+        k = start + tl.arange(0, BLOCK)
+        both = is_row & (k < SIZE)[None, :]
         places = out_rows + k[None, :]
         if POLARITY == 0:
             q = _codes(z, inverse, LOW, HIGH, OFFSET, FP8)
@@ -138,7 +150,7 @@ def _quantize(
 def quantize_rows(
     x: Tensor,
     shift: Tensor | None,
-    smoothing: Tensor | None,
+    inverse_smoothing: Tensor | None,
     scale: Tensor | None,
     scale_negative: Tensor | None,
     segments: list[int],
@@ -157,7 +169,7 @@ def quantize_rows(
         wrap_triton(_quantize),
         x,
         shift,
-        smoothing,
+        inverse_smoothing,
         scale,
         scale_negative,
         segments,
@@ -173,7 +185,7 @@ def launch(
     kernel: Any,
     x: Tensor,
     shift: Tensor | None,
-    smoothing: Tensor | None,
+    inverse_smoothing: Tensor | None,
     scale: Tensor | None,
     scale_negative: Tensor | None,
     segments: Sequence[int],
@@ -190,7 +202,7 @@ def launch(
         kernel: ``_quantize``, wrapped or not.
         x: (M, K), rows contiguous.
         shift: (K,) or None.
-        smoothing: (G, K) or None.
+        inverse_smoothing: (G, K) or None.
         scale: (G, T) or None.
         scale_negative: (G, T) or None.
         segments: sizes.
@@ -199,9 +211,9 @@ def launch(
         low: the smallest signed code.
         high: the largest.
         offset: what unsigned codes are held less of.
-        block: as :data:`STATIC_BLOCK`, which is the default, or :data:`PER_TOKEN_BLOCK`.
+        block: as :data:`STATIC_BLOCK`, which is the default, or those of :data:`PER_TOKEN_BLOCKS`.
     """
-    (rows, channels), groups = x.shape, 1 if smoothing is None else smoothing.shape[0]
+    (rows, channels), groups = x.shape, 1 if inverse_smoothing is None else inverse_smoothing.shape[0]
     fp8, split, per_token = high == E4M3_MAX, any(polarity), scale is None
     kind = torch.float8_e4m3fn if fp8 else torch.int8
     codes = torch.empty(groups * rows, channels, dtype=kind, device=x.device)
@@ -212,10 +224,10 @@ def launch(
     if rows == 0:
         return codes, scales, codes2, scales2
     ends = list(accumulate(segments))
-    most_rows, most_channels, warps = block or (PER_TOKEN_BLOCK if per_token else STATIC_BLOCK)
-    together = min(most_rows, triton.next_power_of_2(rows))
     with on_device_of(x):
         for segment, (size, sign) in enumerate(zip(segments, polarity, strict=True)):
+            most_rows, most_channels, warps = block or (_per_token_block(size) if per_token else STATIC_BLOCK)
+            together = min(most_rows, triton.next_power_of_2(rows))
             width = min(triton.next_power_of_2(size), most_channels)
             blocks = triton.cdiv(size, width)
             unsigned = POLARITIES[sign] == "dual8"
@@ -223,7 +235,7 @@ def launch(
             kernel[(triton.cdiv(rows, together), 1 if per_token else blocks, groups)](
                 x,
                 x if shift is None else shift,
-                x if smoothing is None else smoothing,
+                x if inverse_smoothing is None else inverse_smoothing,
                 x if scale is None else scale.contiguous(),
                 x if scale_negative is None else scale_negative.contiguous(),
                 codes,
@@ -245,7 +257,7 @@ def launch(
                 FP8=fp8,
                 POLARITY=sign,
                 HAS_SHIFT=shift is not None,
-                HAS_SMOOTHING=smoothing is not None,
+                HAS_SMOOTHING=inverse_smoothing is not None,
                 PER_TOKEN=per_token,
                 ROWS=together,
                 BLOCK=width,
@@ -255,13 +267,17 @@ def launch(
     return codes, scales, codes2, scales2
 
 
+def _per_token_block(size: int) -> tuple[int, int, int]:
+    return next((block for block in PER_TOKEN_BLOCKS if size <= block[1]), PER_TOKEN_BLOCKS[0])
+
+
 def fused(
     x: Tensor,
     fmt: QuantFormat,
     segments: Sequence[int],
     polarity: Sequence[str],
     shift: Tensor | None = None,
-    smoothing: Tensor | None = None,
+    inverse_smoothing: Tensor | None = None,
     scale: Tensor | None = None,
     scale_negative: Tensor | None = None,
 ) -> Quantized:
@@ -272,7 +288,7 @@ def fused(
     codes, scales, codes2, scales2 = run(
         x,
         shift,
-        smoothing,
+        inverse_smoothing,
         scale,
         scale_negative,
         list(segments),

@@ -2,7 +2,7 @@
 
 ``torch.compile`` of a block (diffusers' ``compile_repeated_blocks``) compiles anew for every block whose Linears have
 other tensors. Calibration leaves shift and smoothing out where they bring nothing, which differs from block to block.
-A shift by zero and a division by one change no number, and cost nothing beside the rounding that they are fused with.
+A shift by zero and a product with one change no number, and cost nothing beside the rounding that they are fused with.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def _equip(layers: Sequence[PackedLinear]) -> None:
         for layer in _without(layers, "shift"):
             layer.shift = torch.zeros(layer.in_features, dtype=torch.float32, device=layer.weight.device)
             layer.spec = replace(layer.spec, shift=True)
-    if any(layer.smoothing is not None for layer in layers):
-        for layer in _without(layers, "smoothing"):
+    if any(layer.inverse_smoothing is not None for layer in layers):
+        for layer in _without(layers, "inverse_smoothing"):
             groups = len(layer.spec.layout.out_groups)
             shape = (groups, layer.in_features)
-            layer.smoothing = torch.ones(shape, dtype=torch.float32, device=layer.weight.device)
+            layer.inverse_smoothing = torch.ones(shape, dtype=torch.float32, device=layer.weight.device)
             layer.spec = replace(layer.spec, smoothing=True)
 
 

@@ -2,7 +2,7 @@
 
 It computes what :class:`SegLinear` simulates, for output groups g (rows o) and input segments t:
 
-    z[t] = ((x[t] - shift[t]) / smoothing[g, t]) H[t]          q[t] = clamp(round(z[t] / input_scale[g, t]))
+    z[t] = ((x[t] - shift[t]) * inverse_smoothing[g, t]) H[t]  q[t] = clamp(round(z[t] / input_scale[g, t]))
     y[o] = sum_t  input_scale[g, t] * (q[t] . weight[o, t]^T) * weight_scale[o, t]  +  x down[g]^T up[o]^T  +  bias[o]
 
 with H a Hadamard rotation. A segment split by sign (arXiv 2507.14811, DualScale) has two products with the same weight:
@@ -18,7 +18,7 @@ Layout of what it holds, which is also the layout of a checkpoint (K in, N out, 
 ``weight_scale``             float32    (N, T), or (N, K / group)
 ``input_scale``              float32    (G, T): static scales
 ``input_scale_negative``     float32    (G, T): those of min(z, 0), where any segment is split by sign
-``smoothing``                float32    (G, K)
+``inverse_smoothing``        float32    (G, K): one over the smoothing factors; a GPU multiplies faster than it divides
 ``shift``                    float32    (K,)
 ``weight_sum``               int32      (N, T): the sums of each segment's codes, where int8 codes are ``"dual8"``
 ``low_rank_down``            16 bit     (G r, K): group g has the rows [g r, (g + 1) r)
@@ -137,6 +137,12 @@ class PackedSpec:
         return cls(**{**data, "layout": SegLayout.from_dict(layout)})
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(kind: str) -> bool:
+    """Whether devices of that type have autocast: asked outside of the compiler, which before torch 2.12 can't."""
+    return torch.amp.is_autocast_available(kind)
+
+
 class _WithoutGradient(torch.autograd.Function):
     """An output of codes: who asks for its gradient gets an error, not what happens to arrive by branch and scales."""
 
@@ -167,14 +173,14 @@ class PackedLinear(nn.Linear):
     weight_scale: Tensor
     input_scale: Tensor | None
     input_scale_negative: Tensor | None
-    smoothing: Tensor | None
+    inverse_smoothing: Tensor | None
     shift: Tensor | None
     weight_sum: Tensor | None
     low_rank_down: Tensor | None
     low_rank_up: Tensor | None
 
     # Scales lose too much in 16 bit; ``module.to(dtype)`` leaves these alone.
-    FLOAT32 = ("weight_scale", "input_scale", "input_scale_negative", "smoothing", "shift")
+    FLOAT32 = ("weight_scale", "input_scale", "input_scale_negative", "inverse_smoothing", "shift")
 
     def __init__(
         self,
@@ -205,7 +211,7 @@ class PackedLinear(nn.Linear):
             "weight_scale": (self.out_features, spec.weight_scales),
             "input_scale": (groups, segments) if static else None,
             "input_scale_negative": (groups, segments) if static and spec.splits_by_sign else None,
-            "smoothing": (groups, self.in_features) if spec.smoothing else None,
+            "inverse_smoothing": (groups, self.in_features) if spec.smoothing else None,
             "shift": (self.in_features,) if spec.shift else None,
             "weight_sum": (self.out_features, segments) if spec.has_zero_point else None,
             "low_rank_down": (groups * spec.rank, self.in_features) if spec.rank else None,
@@ -282,7 +288,7 @@ class PackedLinear(nn.Linear):
         if input.shape[-1] != self.in_features:
             raise ValueError(f"an input of {input.shape[-1]} channels does not fit a Linear of {self.in_features}")
         kind = input.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        autocast = _has_autocast(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
         x = input.reshape(-1, input.shape[-1])
         # The last sum's rounding is the product's own, where nothing else is added.
@@ -360,12 +366,12 @@ class PackedLinear(nn.Linear):
     def _quantize(self, x: Tensor, groups: slice) -> Quantized:
         """Codes of x (M, K) as some output groups read them."""
         layout = self.spec.layout
-        shift, smoothing = self.shift, None if self.smoothing is None else self.smoothing[groups]
+        shift, inverse = self.shift, None if self.inverse_smoothing is None else self.inverse_smoothing[groups]
         scales = self._static_scales(groups)
         if any(block > 1 for block in layout.rotation):
-            z = rotate_segments(smoothed(x, shift, smoothing), layout.in_slices, layout.rotation)
+            z = rotate_segments(smoothed(x, shift, inverse), layout.in_slices, layout.rotation)
             return rounded(z, self._format, layout.in_segments, layout.polarity, *scales)
-        return quantize(x, self._format, layout.in_segments, layout.polarity, shift, smoothing, *scales)
+        return quantize(x, self._format, layout.in_segments, layout.polarity, shift, inverse, *scales)
 
     def _static_scales(self, groups: slice) -> tuple[Tensor | None, Tensor | None]:
         """Scales (G, T) of the values and of those below 0; None for scales per token."""
@@ -400,7 +406,7 @@ class PackedLinear(nn.Linear):
         """What x (M, K) is rounded to for an output group, float32."""
         layout, own = self.spec.layout, slice(group, group + 1)
         if self.spec.activations is None:
-            z = smoothed(x, self.shift, None if self.smoothing is None else self.smoothing[own])
+            z = smoothed(x, self.shift, None if self.inverse_smoothing is None else self.inverse_smoothing[own])
             return rotate_segments(z, layout.in_slices, layout.rotation)
         found = self._quantize(x, own)
         parts = []
@@ -439,9 +445,9 @@ class PackedLinear(nn.Linear):
         for segment, columns in enumerate(layout.in_slices):
             scaled = weight[:, columns] * self.block_scale(segment)
             weight[:, columns] = rotate(scaled, layout.rotation[segment])
-        if self.smoothing is not None:
+        if self.inverse_smoothing is not None:
             for group, rows in enumerate(layout.out_slices):
-                weight[rows] /= self.smoothing[group]
+                weight[rows] *= self.inverse_smoothing[group]
         bias = None if self.bias is None else self.bias.float()
         if self.shift is not None:
             assert bias is not None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from modelopt_ext import PackedSpec
 
 QUANT_METHOD = "segquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _SHOWN = 5  # violations in a message
 

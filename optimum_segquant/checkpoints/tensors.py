@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from modelopt_ext import PackedLinear
+from modelopt_ext.nn.gelu import lighten_gelu
 
 from .config import CheckpointConfig, CheckpointError, PackedLayer
 
@@ -120,6 +121,7 @@ def prepare(model: nn.Module, config: CheckpointConfig, dtype: torch.dtype | Non
                 setattr(packed, field, _to_file(field, value))
         packed.train(model.training)
         model.set_submodule(name, packed)
+    lighten_gelu(model)
 
 
 def _misfit(model: nn.Module, name: str, layer: PackedLayer) -> str | None:

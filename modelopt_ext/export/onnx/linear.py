@@ -6,7 +6,7 @@ The equation is that of :mod:`modelopt_ext.nn.packed`; here is what becomes of i
 activation codes      QuantizeLinear, DequantizeLinear with one constant scale
 scales per token      s = ReduceMax(abs(z)) / 127 in floats; z / s is rounded with the scale 1; the product times s
 weight                constant codes, DequantizeLinear with a scale a row; transposed in the graph where not (K, N)
-shift, smoothing      Sub, Div of constants; W c is in the bias already
+shift, smoothing      Sub, Mul of constants; W c is in the bias already
 segments              Slice, and an Add of the products
 output groups         Concat of the products
 "dual"                max(z, 0) and min(z, 0), two products with one dequantized weight
@@ -211,7 +211,7 @@ class OnnxLinear(nn.Module):
 
     bias: Tensor | None
     shift: Tensor | None
-    smoothing: Tensor | None
+    inverse_smoothing: Tensor | None
 
     def __init__(self, packed: PackedLinear, target: Target) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class OnnxLinear(nn.Module):
         # for other int8 Linears, they then leave the input alone.
         self.weight = nn.Parameter(torch.empty(0, dtype=torch.int8), requires_grad=False)
         self.register_buffer("bias", None if packed.bias is None else packed.bias.detach().float().reshape(1, 1, -1))
-        for name in ("shift", "smoothing"):
+        for name in ("shift", "inverse_smoothing"):
             value = getattr(packed, name)
             self.register_buffer(name, None if value is None else value.detach().clone())
         self.input_quantizer: nn.Module | None = None
@@ -323,8 +323,8 @@ class OnnxLinear(nn.Module):
         return (z.unflatten(-1, (-1, block)) @ getattr(self, f"hadamard{block}")).flatten(-2)
 
     def _group(self, z: Tensor, group: int) -> Tensor:
-        if self.smoothing is not None:
-            z = z / self.smoothing[group]
+        if self.inverse_smoothing is not None:
+            z = z * self.inverse_smoothing[group]
         products = []
         for segment, columns in enumerate(self.layout.in_slices):
             whole = len(self.layout.in_segments) == 1

@@ -1,6 +1,6 @@
 """Merging nodes that compute the same thing: Linears that share their inputs' treatment then read one tensor.
 
-q, k and v with one shift and smoothing are exported with a Sub and a Div each. Engines fuse the three products only if
+q, k and v with one shift and smoothing are exported with a Sub and a Mul each. Engines fuse the three products only if
 they see one tensor in front of the quantizers, whose own nodes stay apart, because their names are looked for.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from onnx import GraphProto, NodeProto, TensorProto
 
-_MERGED = frozenset({"Cast", "Constant", "Div", "Slice", "Sub"})
+_MERGED = frozenset({"Cast", "Constant", "Mul", "Slice", "Sub"})
 
 
 def merge_equal_nodes(graph: GraphProto) -> None:
@@ -48,7 +48,7 @@ def merge_equal_nodes(graph: GraphProto) -> None:
 
 
 def _equal_initializers(graph: GraphProto) -> dict[str, str]:
-    """Names of initializers to be replaced by that of an equal one: those that Sub, Div or Slice read."""
+    """Names of initializers to be replaced by that of an equal one: those that Sub, Mul or Slice read."""
     read = {name for node in graph.node if node.op_type in _MERGED for name in node.input}
     seen: dict[tuple[int, tuple[int, ...], bytes], str] = {}
     names: dict[str, str] = {}
