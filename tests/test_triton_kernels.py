@@ -22,7 +22,7 @@ from modelopt_ext.kernels import rounding, triton_gemm
 from modelopt_ext.kernels.operands import Operands
 from modelopt_ext.kernels.scaled_mm import reference, scaled_mm
 from modelopt_ext.kernels.triton_gemm import _few_rows, _tiles, launch_few_rows, launch_tiles
-from modelopt_ext.kernels.triton_rounding import POLARITIES, _quantize, launch
+from modelopt_ext.kernels.triton_rounding import POLARITIES, _unwrapped, launch
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -135,7 +135,7 @@ def test_no_rows_need_no_kernel(static: bool) -> None:
     x, b, scale_b = torch.empty(0, 64, device=DEVICE), codes(32, 64, 0), torch.rand(32, device=DEVICE)
     scale = torch.ones(2, 1, device=DEVICE) if static else None
     smoothing = torch.ones(2, 64, device=DEVICE)
-    found, scales, _, _ = launch(_quantize, x, None, smoothing, scale, None, (64,), (0,), 127.0, -128.0, 127.0, 128)
+    found, scales, _, _ = launch(_unwrapped, x, None, smoothing, scale, None, (64,), (0,), 127.0, -128.0, 127.0, 128)
     operands = Operands(found, b, scales.reshape(0, 1) if scale is None else scale, scale_b, groups=2)
     assert found.shape == (0, 64)
     assert triton_gemm.launch_gemm(operands, torch.bfloat16).shape == (0, 32)
@@ -173,7 +173,7 @@ def test_kernels_run_on_the_device_of_their_operands(monkeypatch: pytest.MonkeyP
     with FakeTensorMode():
         for device in ("cuda:0", "cuda:1"):
             make = partial(torch.empty, device=device)
-            launch(Kernel(), make(100, 64), None, None, None, None, (64,), (0,), 127.0, -128.0, 127.0, 128)
+            launch(lambda _: Kernel(), make(100, 64), None, None, None, None, (64,), (0,), 127.0, -128.0, 127.0, 128)
             for rows in (100, 4):
                 a, b = (make(n, 64, dtype=torch.int8) for n in (rows, 32))
                 triton_gemm.launch_gemm(Operands(a, b, make(1, 1), make(32)), torch.float32, lambda _: Kernel())
@@ -219,7 +219,7 @@ def test_activations_are_rounded_to_the_references_codes(
     low, high = (fmt.min_code, fmt.max_code) if fmt.is_integer else (-448.0, 448.0)
     signs = [POLARITIES.index(sign) for sign in polarity]
     block = (4, 32, 4)
-    found = launch(_quantize, x, *arguments, segments, signs, fmt.max_code, low, high, rounding.offset_of(fmt), block)
+    found = launch(_unwrapped, x, *arguments, segments, signs, fmt.max_code, low, high, rounding.offset_of(fmt), block)
     assert mostly_equal(found[0], expected.codes)
     for segment, sign in enumerate(polarity):
         if not static:

@@ -6,7 +6,8 @@ Without it, a GPU reads the activations once in a Triton kernel of :mod:`.triton
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,8 +53,6 @@ def quantize(
     scale_negative: Tensor | None = None,
 ) -> Quantized:
     """Round ``z = (x - shift) * inverse_smoothing`` of every group to codes ``z / scale``.
-
-    Scales are inverted once and multiplied by, which moves a code only where it was a tie but for float32's last digit.
 
     Args:
         x: (M, K), any float dtype.
@@ -114,7 +113,7 @@ def rounded(
     rows = len(z) if scale is None else len(z) // len(scale)
     if scale is not None and set(polarity) == {"none"}:
         # All of a row at once: nothing between the producer of x and its codes has to be written to memory.
-        whole = encoded(z, _by_channel(scale.reciprocal(), segments, rows), fmt)
+        whole = encoded(z, scale, partial(_by_channel, segments=segments, rows=rows), fmt)
         return Quantized(whole, [scale[:, t : t + 1] for t in range(len(segments))])
     codes: list[Tensor] = []
     negative: list[Tensor] = []
@@ -124,7 +123,7 @@ def rounded(
         own, offset = (fmt.as_unsigned(), offset_of(fmt)) if sign == "dual8" else (fmt, 0)
         values = part if sign == "none" else part.clamp(min=0)
         step = _step(values, own, scale, segment)
-        codes.append(encoded(values, _by_row(step.reciprocal(), len(z)), own, offset))
+        codes.append(encoded(values, step, partial(_by_row, rows=len(z)), own, offset))
         scales.append(step)
         if sign == "none":
             # Nothing reads these.
@@ -133,20 +132,21 @@ def rounded(
             continue
         values = part.clamp(max=0) if sign == "dual" else (-part).clamp(min=0)
         step = _step(values, own, scale_negative, segment)
-        negative.append(encoded(values, _by_row(step.reciprocal(), len(z)), own, offset))
+        negative.append(encoded(values, step, partial(_by_row, rows=len(z)), own, offset))
         negative_scales.append(step)
     if set(polarity) == {"none"}:
         return Quantized(_joined(codes), scales)
     return Quantized(_joined(codes), scales, _joined(negative), negative_scales)
 
 
-def encoded(z: Tensor, inverse: Tensor, fmt: QuantFormat, offset: int = 0) -> Tensor:
-    """The nearest codes to z float32 times the ``inverse`` of their scale: int8 less an ``offset``, or float8_e4m3fn.
+def encoded(z: Tensor, scale: Tensor, spread: Callable[[Tensor], Tensor], fmt: QuantFormat, offset: int = 0) -> Tensor:
+    """The nearest codes to z float32 divided by ``spread(scale)``: int8 less an ``offset``, or float8_e4m3fn.
 
-    Written in what GPUs do at full speed. Divisions and conversions between floats and integers run at a quarter of it,
-    which would make a rounding that is fused with a GELU slower than its memory traffic.
+    On a GPU in what it does at full speed: divisions and conversions between floats and integers run at a quarter of
+    it, which would make a rounding that is fused with a GELU slower than its memory traffic. Inverse scales move a code
+    only where it was a tie but for float32's last digit.
     """
-    codes = z * inverse
+    codes = z * spread(scale.reciprocal()) if z.is_cuda else z / spread(scale)
     if not fmt.is_integer:
         return codes.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     codes = codes.clamp(fmt.min_code, fmt.max_code)
@@ -163,7 +163,7 @@ def _step(values: Tensor, fmt: QuantFormat, static: Tensor | None, segment: int)
 
 
 def _by_row(step: Tensor, rows: int) -> Tensor:
-    """(G, 1) or (G M, 1) as factors of (G M, k)."""
+    """(G, 1) or (G M, 1) for (G M, k)."""
     return step if len(step) in (1, rows) else step.repeat_interleave(rows // len(step), dim=0)
 
 
@@ -176,7 +176,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _by_channel(scale: Tensor, segments: Sequence[int], rows: int) -> Tensor:
-    """What static scales (G, T) become, as factors of (G M, K)."""
+    """Static (G, T) for (G M, K)."""
     if len(scale) > 1:
         scale = scale.repeat_interleave(rows, dim=0)
     if len(segments) == 1:

@@ -1,14 +1,14 @@
 """Activations to codes in one pass over them: shift, smoothing, scale (static or per token), both signs, rounding.
 
-A program has a few rows of one segment for one output group, so that what belongs to a channel is read
-once for all of them. With static scales it takes a block of channels. With scales per token it takes all channels and
-keeps them in registers from the largest magnitude to the codes; rows too long for that are read again from the cache.
-
+A program with static scales has a block of channels of several rows, so that what belongs to a channel is read once for
+all of them. With scales per token it has a row, which it keeps in registers from the largest magnitude to the codes;
+rows that are too long for that are read again. Everything is one-dimensional: loads and stores of two dimensions have
+layouts of their own in Triton, and what goes from one to the other goes through shared memory, behind barriers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -24,52 +24,114 @@ from .cuda import launches_directly, on_device_of
 from .rounding import Quantized, offset_of
 
 POLARITIES = ("none", "dual", "dual8")
-# (rows, most channels, warps) that a program holds at a time.
-STATIC_BLOCK = (16, 512, 4)
-PER_TOKEN_BLOCKS = ((4, 2048, 8), (2, 4096, 4))  # that hold a row; longer ones are read twice, in blocks of the first
+# Rows, channels and warps of a program with static scales.
+STATIC_BLOCK = (16, 1024, 2)
+# Channels that a program with scales per token keeps, at most, and how many a warp.
+MOST_KEPT, KEPT_BY_WARP = 16384, 1024
 
 
 @triton.jit
-def _codes(z, inverse, LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr, FP8: tl.constexpr):
+def _store(places, z, inverse, inside, LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr, FP8: tl.constexpr):
     """Codes of z times the inverse of the scale: to the nearest, ties to even."""
     q = tl.minimum(tl.maximum(z * inverse, LOW), HIGH)
     if not FP8:
-        # Adding 1.5 * 2^23 leaves no bits for a fraction.
-        q = (q + 12582912.0) - 12582912.0 - OFFSET
-    return q
+        # Adding 1.5 * 2^23 leaves no bits for a fraction, and a bit pattern that counts in ones.
+        q = (q + 12582912.0).to(tl.int32, bitcast=True) - (0x4B400000 + OFFSET)
+    tl.store(places, q.to(places.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _smoothed(
-    x_rows,
-    shift_ptr,
-    inverse_row,
-    is_row,
-    first,
-    START,
-    SIZE,
-    HAS_SHIFT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _store_both(
+    codes_ptr,
+    codes2_ptr,
+    place,
+    z,
+    inverse,
+    inverse2,
+    inside,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    FP8: tl.constexpr,
+    POLARITY: tl.constexpr,
 ):
-    """(x - shift) * inverse smoothing of a block of channels; 0 beyond the last."""
-    k = first + tl.arange(0, BLOCK)
-    inside = k < SIZE
-    z = tl.load(x_rows + k[None, :], mask=is_row & inside[None, :], other=0.0).to(tl.float32)
+    """Codes of z, or those of its positive and negative values."""
+    if POLARITY == 0:
+        _store(codes_ptr + place, z, inverse, inside, LOW, HIGH, OFFSET, FP8)
+    else:
+        below = tl.minimum(z, 0.0)
+        if POLARITY == 2:
+            below = -below
+        _store(codes_ptr + place, tl.maximum(z, 0.0), inverse, inside, LOW, HIGH, OFFSET, FP8)
+        _store(codes2_ptr + place, below, inverse2, inside, LOW, HIGH, OFFSET, FP8)
+
+
+@triton.jit
+def _of_channels(ptr, k, inside, EXISTS: tl.constexpr):
+    return tl.load(ptr + k, mask=inside, other=0.0) if EXISTS else 0.0
+
+
+@triton.jit
+def _smoothed(x_row, k, inside, shift, factor, HAS_SHIFT: tl.constexpr, HAS_SMOOTHING: tl.constexpr):
+    """(x - shift) * inverse smoothing of a block of channels; 0 past the last."""
+    z = tl.load(x_row + k, mask=inside, other=0.0).to(tl.float32)
     if HAS_SHIFT:
-        z = z - tl.load(shift_ptr + START + k, mask=inside, other=0.0)[None, :]
+        z = z - shift
     if HAS_SMOOTHING:
-        z = z * tl.load(inverse_row + START + k, mask=inside, other=1.0)[None, :]
+        z = z * factor
     return z
 
 
 @triton.jit
-def _quantize(
+def _quantize_static(
     x_ptr,
     shift_ptr,
     inverse_ptr,
     scale_ptr,
     scale2_ptr,
+    codes_ptr,
+    codes2_ptr,
+    M,
+    K,
+    stride_x,
+    START,
+    SIZE,
+    SEGMENT,
+    SEGMENTS,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    FP8: tl.constexpr,
+    POLARITY: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Codes by scales (G, T) that are there; a program has some rows of a block of channels of a group."""
+    group = tl.program_id(2)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < SIZE
+    shift = _of_channels(shift_ptr + START, k, inside, HAS_SHIFT)
+    factor = _of_channels(inverse_ptr + group * K + START, k, inside, HAS_SMOOTHING)
+    inverse = 1.0 / tl.load(scale_ptr + group * SEGMENTS + SEGMENT)
+    inverse2 = inverse
+    if POLARITY != 0:
+        inverse2 = 1.0 / tl.load(scale2_ptr + group * SEGMENTS + SEGMENT)
+    first = tl.program_id(0) * ROWS
+    for index in tl.range(0, tl.minimum(ROWS, M - first), loop_unroll_factor=4):
+        row = first + index
+        x_row = x_ptr + row.to(tl.int64) * stride_x + START
+        z = _smoothed(x_row, k, inside, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
+        place = (group * M + row).to(tl.int64) * K + START + k
+        _store_both(codes_ptr, codes2_ptr, place, z, inverse, inverse2, inside, LOW, HIGH, OFFSET, FP8, POLARITY)
+
+
+@triton.jit
+def _quantize_per_token(
+    x_ptr,
+    shift_ptr,
+    inverse_ptr,
     codes_ptr,
     codes2_ptr,
     scales_ptr,
@@ -80,7 +142,6 @@ def _quantize(
     START,
     SIZE,
     SEGMENT,
-    SEGMENTS,
     SMALLEST: tl.constexpr,
     LARGEST_CODE: tl.constexpr,
     LOW: tl.constexpr,
@@ -90,60 +151,49 @@ def _quantize(
     POLARITY: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    """Scales (T, G M) and codes by them; a program has a row of a group."""
+    row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_row = (row < M)[:, None]
-    out_row = (group * M + row).to(tl.int64)
-    x_rows = x_ptr + row.to(tl.int64)[:, None] * stride_x + START
-    out_rows = out_row[:, None] * K + START
-    first = tl.program_id(1) * BLOCK
-    inverse = 1.0
-    inverse2 = 1.0
-    inverse_row = inverse_ptr + group * K
-    z = _smoothed(x_rows, shift_ptr, inverse_row, is_row, first, START, SIZE, HAS_SHIFT, HAS_SMOOTHING, BLOCK)
-    if PER_TOKEN:
-        largest = tl.abs(z) if POLARITY == 0 else z
-        largest2 = -z
-        for block in range(1, BLOCKS):
-            z = _smoothed(
-                x_rows, shift_ptr, inverse_row, is_row, block * BLOCK, START, SIZE, HAS_SHIFT, HAS_SMOOTHING, BLOCK
-            )
-            largest = tl.maximum(largest, tl.abs(z) if POLARITY == 0 else z)
-            largest2 = tl.maximum(largest2, -z)
-        scale = tl.math.div_rn(tl.maximum(tl.max(largest, axis=1), SMALLEST), LARGEST_CODE)
-        scale2 = tl.math.div_rn(tl.maximum(tl.max(largest2, axis=1), SMALLEST), LARGEST_CODE)
-        found = SEGMENT * tl.num_programs(2) * M + out_row
-        tl.store(scales_ptr + found, scale, mask=row < M)
-        if POLARITY != 0:
-            tl.store(scales2_ptr + found, scale2, mask=row < M)
-        inverse = (1.0 / scale)[:, None]
-        inverse2 = (1.0 / scale2)[:, None]
-    else:
-        inverse = 1.0 / tl.load(scale_ptr + group * SEGMENTS + SEGMENT)
-        if POLARITY != 0:
-            inverse2 = 1.0 / tl.load(scale2_ptr + group * SEGMENTS + SEGMENT)
+    out_row = group * M + row
+    x_row = x_ptr + row * stride_x + START
+    shift_ptr += START
+    inverse_ptr += group * K + START
+    k = tl.arange(0, BLOCK)
+    inside = k < SIZE
+    shift = _of_channels(shift_ptr, k, inside, HAS_SHIFT)
+    factor = _of_channels(inverse_ptr, k, inside, HAS_SMOOTHING)
+    z = _smoothed(x_row, k, inside, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
+    largest = tl.abs(z) if POLARITY == 0 else z
+    largest2 = -z
+    for block in range(1, BLOCKS):
+        channel = block * BLOCK + k
+        inside = channel < SIZE
+        shift = _of_channels(shift_ptr, channel, inside, HAS_SHIFT)
+        factor = _of_channels(inverse_ptr, channel, inside, HAS_SMOOTHING)
+        z = _smoothed(x_row, channel, inside, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
+        largest = tl.maximum(largest, tl.abs(z) if POLARITY == 0 else z)
+        largest2 = tl.maximum(largest2, -z)
+    scale = tl.math.div_rn(tl.maximum(tl.max(largest, axis=0), SMALLEST), LARGEST_CODE)
+    scale2 = scale
+    found = SEGMENT * tl.num_programs(2) * M + out_row
+    tl.store(scales_ptr + found, scale)
+    if POLARITY != 0:
+        scale2 = tl.math.div_rn(tl.maximum(tl.max(largest2, axis=0), SMALLEST), LARGEST_CODE)
+        tl.store(scales2_ptr + found, scale2)
     for block in range(BLOCKS):
-        start = first + block * BLOCK
+        channel = block * BLOCK + k
+        inside = channel < SIZE
         if BLOCKS > 1:
-            z = _smoothed(x_rows, shift_ptr, inverse_row, is_row, start, START, SIZE, HAS_SHIFT, HAS_SMOOTHING, BLOCK)
-        k = start + tl.arange(0, BLOCK)
-        both = is_row & (k < SIZE)[None, :]
-        places = out_rows + k[None, :]
-        if POLARITY == 0:
-            q = _codes(z, inverse, LOW, HIGH, OFFSET, FP8)
-        else:
-            q = _codes(tl.maximum(z, 0.0), inverse, LOW, HIGH, OFFSET, FP8)
-            below = tl.minimum(z, 0.0)
-            if POLARITY == 2:
-                below = -below
-            q2 = _codes(below, inverse2, LOW, HIGH, OFFSET, FP8)
-            tl.store(codes2_ptr + places, q2.to(codes2_ptr.dtype.element_ty), mask=both)
-        tl.store(codes_ptr + places, q.to(codes_ptr.dtype.element_ty), mask=both)
+            shift = _of_channels(shift_ptr, channel, inside, HAS_SHIFT)
+            factor = _of_channels(inverse_ptr, channel, inside, HAS_SMOOTHING)
+            z = _smoothed(x_row, channel, inside, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
+        place = out_row * K + START + channel
+        _store_both(
+            codes_ptr, codes2_ptr, place, z, 1.0 / scale, 1.0 / scale2, inside, LOW, HIGH, OFFSET, FP8, POLARITY
+        )
 
 
 @torch.library.triton_op("segquant::quantize", mutates_args={})
@@ -166,7 +216,7 @@ def quantize_rows(
         codes (G M, K); scales found, (T, G M) or (0,); the same of the values below 0.
     """
     return launch(
-        wrap_triton(_quantize),
+        wrap_triton,
         x,
         shift,
         inverse_smoothing,
@@ -182,7 +232,7 @@ def quantize_rows(
 
 
 def launch(
-    kernel: Any,
+    wrap: Callable[[Any], Any],
     x: Tensor,
     shift: Tensor | None,
     inverse_smoothing: Tensor | None,
@@ -196,10 +246,10 @@ def launch(
     offset: int,
     block: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run ``kernel`` on every segment; see :func:`quantize_rows`.
+    """Run a kernel on every segment; see :func:`quantize_rows`.
 
     Args:
-        kernel: ``_quantize``, wrapped or not.
+        wrap: what the kernel is given to before it is launched.
         x: (M, K), rows contiguous.
         shift: (K,) or None.
         inverse_smoothing: (G, K) or None.
@@ -211,7 +261,7 @@ def launch(
         low: the smallest signed code.
         high: the largest.
         offset: what unsigned codes are held less of.
-        block: as :data:`STATIC_BLOCK`, which is the default, or those of :data:`PER_TOKEN_BLOCKS`.
+        block: rows, most channels and warps of a program; by default what is fast.
     """
     (rows, channels), groups = x.shape, 1 if inverse_smoothing is None else inverse_smoothing.shape[0]
     fp8, split, per_token = high == E4M3_MAX, any(polarity), scale is None
@@ -226,49 +276,62 @@ def launch(
     ends = list(accumulate(segments))
     with on_device_of(x):
         for segment, (size, sign) in enumerate(zip(segments, polarity, strict=True)):
-            most_rows, most_channels, warps = block or (_per_token_block(size) if per_token else STATIC_BLOCK)
-            together = min(most_rows, triton.next_power_of_2(rows))
+            together, most_channels, warps = block or (_per_token_block(size) if per_token else STATIC_BLOCK)
             width = min(triton.next_power_of_2(size), most_channels)
             blocks = triton.cdiv(size, width)
             unsigned = POLARITIES[sign] == "dual8"
             top = 2.0 * high + 1 if unsigned else high
-            kernel[(triton.cdiv(rows, together), 1 if per_token else blocks, groups)](
-                x,
-                x if shift is None else shift,
-                x if inverse_smoothing is None else inverse_smoothing,
-                x if scale is None else scale.contiguous(),
-                x if scale_negative is None else scale_negative.contiguous(),
-                codes,
-                codes2,
-                scales,
-                scales2,
-                rows,
-                channels,
-                x.stride(0),
-                ends[segment] - size,
-                size,
-                segment,
-                len(segments),
-                SMALLEST=SMALLEST_AMAX,
-                LARGEST_CODE=top if unsigned else largest_code,
-                LOW=0.0 if unsigned else low,
-                HIGH=top,
-                OFFSET=float(offset) if unsigned else 0.0,
-                FP8=fp8,
-                POLARITY=sign,
-                HAS_SHIFT=shift is not None,
-                HAS_SMOOTHING=inverse_smoothing is not None,
-                PER_TOKEN=per_token,
-                ROWS=together,
-                BLOCK=width,
-                BLOCKS=blocks if per_token else 1,
-                num_warps=warps,
-            )
+            shared = {
+                "LOW": 0.0 if unsigned else low,
+                "HIGH": top,
+                "OFFSET": offset if unsigned else 0,
+                "FP8": fp8,
+                "POLARITY": sign,
+                "HAS_SHIFT": shift is not None,
+                "HAS_SMOOTHING": inverse_smoothing is not None,
+                "BLOCK": width,
+                "num_warps": warps,
+            }
+            # Absent tensors are replaced by others, which are not read.
+            of_channels = x if shift is None else shift, x if inverse_smoothing is None else inverse_smoothing
+            sizes = rows, channels, x.stride(0), ends[segment] - size, size, segment
+            if scale is None:
+                wrap(_quantize_per_token)[(rows, 1, groups)](
+                    x,
+                    *of_channels,
+                    codes,
+                    codes2,
+                    scales,
+                    scales2,
+                    *sizes,
+                    SMALLEST=SMALLEST_AMAX,
+                    LARGEST_CODE=top if unsigned else largest_code,
+                    BLOCKS=blocks,
+                    **shared,
+                )
+            else:
+                wrap(_quantize_static)[(triton.cdiv(rows, together), blocks, groups)](
+                    x,
+                    *of_channels,
+                    scale.contiguous(),
+                    x if scale_negative is None else scale_negative.contiguous(),
+                    codes,
+                    codes2,
+                    *sizes,
+                    len(segments),
+                    ROWS=together,
+                    **shared,
+                )
     return codes, scales, codes2, scales2
 
 
+def _unwrapped(kernel: Any) -> Any:
+    return kernel
+
+
 def _per_token_block(size: int) -> tuple[int, int, int]:
-    return next((block for block in PER_TOKEN_BLOCKS if size <= block[1]), PER_TOKEN_BLOCKS[0])
+    width = min(triton.next_power_of_2(size), MOST_KEPT)
+    return 1, width, max(1, width // KEPT_BY_WARP)
 
 
 def fused(
@@ -284,7 +347,7 @@ def fused(
     """:func:`modelopt_ext.kernels.rounding.quantize` by the kernel."""
     x = x if x.stride(1) == 1 else x.contiguous()
     signs = [POLARITIES.index(sign) for sign in polarity]
-    run = partial(launch, _quantize) if launches_directly() else torch.ops.segquant.quantize
+    run = partial(launch, _unwrapped) if launches_directly() else torch.ops.segquant.quantize
     codes, scales, codes2, scales2 = run(
         x,
         shift,

@@ -12,6 +12,7 @@ The difference is float32's rounding. Without a compiler, on a CPU, and in an ex
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,4 +57,4 @@ def lighten_gelu(model: nn.Module) -> None:
             if type(child) is nn.GELU and child.approximate == "tanh":
                 setattr(module, name, TanhGELU().train(child.training))
         if getattr(module, "approximate", None) == "tanh" and callable(getattr(type(module), "gelu", None)):
-            module.gelu = gelu_tanh  # found before the method of that name
+            cast(Any, module).gelu = gelu_tanh  # found before the method of that name
