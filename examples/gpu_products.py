@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from gpu_timing import product_milliseconds
+from gpu_timing import in_turns, product_milliseconds
 from torch import Tensor
 
 from modelopt_ext.formats import QuantFormat
@@ -83,12 +83,14 @@ def products(
     results: dict[str, dict[str, float]] = {}
     for name, m, k, n in shapes:
         check(m, k, n, device)
-        row = results[name] = {}
+        possible = {}
         for way, work in ways(m, k, n, device).items():
             try:
-                row[way] = product_milliseconds(work, device)
+                work(0)
+                possible[way] = work
             except (RuntimeError, ValueError) as error:
                 report(f"{name}, {way}: not possible here ({str(error).splitlines()[0][:100]})")
+        row = results[name] = in_turns(possible, device)
         few = m < FEW_ROWS
         rates = {way: (n * k if few else 2 * m * k * n) / ms / 1e9 for way, ms in row.items()}
         ceiling = max(row[way] and rates[way] for way in rates if way.startswith("torch._scaled_mm") or way == "bf16")

@@ -25,7 +25,7 @@ from .rounding import Quantized, offset_of
 
 POLARITIES = ("none", "dual", "dual8")
 # Rows, channels and warps of a program with static scales.
-STATIC_BLOCK = (16, 1024, 2)
+STATIC_BLOCK = (8, 1024, 2)
 # Channels that a program with scales per token keeps, at most, and how many a warp.
 MOST_KEPT, KEPT_BY_WARP = 16384, 1024
 

@@ -2,7 +2,7 @@
 
 In a compiled model the rounding to codes is fused with the activation function before it, and that kernel would be
 bound by the 25 instructions of a float32 tanh, not by memory. The tanh approximation of GELU (arXiv 1606.08415) is the
-same function with a logistic one, which takes half of them:
+same function with a logistic one, which takes a third of them:
 
     0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)),    u = sqrt(2 / pi) (x + 0.044715 x^3)
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-_LINEAR = 2 * math.sqrt(2 / math.pi)
+# Of -2 u / ln 2.
+_LINEAR = -2 * math.sqrt(2 / math.pi) / math.log(2)
 _CUBIC = _LINEAR * 0.044715
 
 
@@ -33,7 +34,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def as_logistic(x: Tensor) -> Tensor:
     """The same by the logistic function, computed in float32."""
     wide = x.float()
-    return (wide * torch.sigmoid(wide * (_LINEAR + _CUBIC * wide * wide))).to(x.dtype)
+    # A power of 2, which is what GPUs have, and one division.
+    return (wide / (1 + torch.exp2(wide * (_LINEAR + _CUBIC * wide * wide)))).to(x.dtype)
 
 
 class TanhGELU(nn.GELU):
