@@ -352,6 +352,8 @@ def _processors(device: torch.device) -> int:
 @cache
 def _properties(device: torch.device) -> tuple[bool, int]:
     """Whether a GPU has tensor descriptors, and how many multiprocessors."""
+    if device.type == "cpu":  # Triton's interpreter
+        return True, 1
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor) >= (9, 0), properties.multi_processor_count
 

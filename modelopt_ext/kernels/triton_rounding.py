@@ -1,9 +1,10 @@
 """Activations to codes in one pass over them: shift, smoothing, scale (static or per token), both signs, rounding.
 
 A program with static scales has a block of channels of several rows, so that what belongs to a channel is read once for
-all of them. With scales per token it has a row, which it keeps in registers from the largest magnitude to the codes;
-rows that are too long for that are read again. Everything is one-dimensional: loads and stores of two dimensions have
-layouts of their own in Triton, and what goes from one to the other goes through shared memory, behind barriers.
+all of them. With scales per token it has whole rows, one after the other: a row stays in registers from the largest
+magnitude to the codes (one that is too long for that is read again), and the next one is loaded meanwhile. Everything
+is one-dimensional: loads and stores of two dimensions have layouts of their own in Triton, and what goes from one to
+the other goes through shared memory, behind barriers.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from torch.library import wrap_triton
 from ..formats import E4M3_MAX, SMALLEST_AMAX, QuantFormat
 from .cuda import launches_directly, on_device_of
 from .rounding import Quantized, offset_of
+from .triton_gemm import _processors
 
 POLARITIES = ("none", "dual", "dual8")
 # Rows, channels and warps of a program with static scales.
 STATIC_BLOCK = (8, 1024, 2)
-# Channels that a program with scales per token keeps, at most, and how many a warp.
-MOST_KEPT, KEPT_BY_WARP = 16384, 1024
+# With scales per token: channels that a program keeps, at most; channels a warp; warps, at most.
+MOST_KEPT, KEPT_BY_WARP, MOST_WARPS = 16384, 512, 16
+# Channels of all such programs on a multiprocessor, where they keep shift and smoothing, too.
+KEPT_AT_ONCE = 12288
 
 
 @triton.jit
@@ -72,9 +76,9 @@ def _of_channels(ptr, k, inside, EXISTS: tl.constexpr):
 
 
 @triton.jit
-def _smoothed(x_row, k, inside, shift, factor, HAS_SHIFT: tl.constexpr, HAS_SMOOTHING: tl.constexpr):
+def _smoothed(x, shift, factor, HAS_SHIFT: tl.constexpr, HAS_SMOOTHING: tl.constexpr):
     """(x - shift) * inverse smoothing of a block of channels; 0 past the last."""
-    z = tl.load(x_row + k, mask=inside, other=0.0).to(tl.float32)
+    z = x.to(tl.float32)
     if HAS_SHIFT:
         z = z - shift
     if HAS_SMOOTHING:
@@ -121,8 +125,8 @@ def _quantize_static(
     first = tl.program_id(0) * ROWS
     for index in tl.range(0, tl.minimum(ROWS, M - first), loop_unroll_factor=4):
         row = first + index
-        x_row = x_ptr + row.to(tl.int64) * stride_x + START
-        z = _smoothed(x_row, k, inside, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
+        x = tl.load(x_ptr + row.to(tl.int64) * stride_x + START + k, mask=inside, other=0.0)
+        z = _smoothed(x, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
         place = (group * M + row).to(tl.int64) * K + START + k
         _store_both(codes_ptr, codes2_ptr, place, z, inverse, inverse2, inside, LOW, HIGH, OFFSET, FP8, POLARITY)
 
@@ -142,6 +146,7 @@ def _quantize_per_token(
     START,
     SIZE,
     SEGMENT,
+    PROGRAMS,
     SMALLEST: tl.constexpr,
     LARGEST_CODE: tl.constexpr,
     LOW: tl.constexpr,
@@ -154,46 +159,61 @@ def _quantize_per_token(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Scales (T, G M) and codes by them; a program has a row of a group."""
+    """Scales (T, G M) and codes by them; a program has every PROGRAMS-th row of a group."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(2)
-    out_row = group * M + row
-    x_row = x_ptr + row * stride_x + START
+    x_ptr += START
     shift_ptr += START
     inverse_ptr += group * K + START
     k = tl.arange(0, BLOCK)
     inside = k < SIZE
     shift = _of_channels(shift_ptr, k, inside, HAS_SHIFT)
     factor = _of_channels(inverse_ptr, k, inside, HAS_SMOOTHING)
-    z = _smoothed(x_row, k, inside, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
-    largest = tl.abs(z) if POLARITY == 0 else z
-    largest2 = -z
-    for block in range(1, BLOCKS):
-        channel = block * BLOCK + k
-        inside = channel < SIZE
-        shift = _of_channels(shift_ptr, channel, inside, HAS_SHIFT)
-        factor = _of_channels(inverse_ptr, channel, inside, HAS_SMOOTHING)
-        z = _smoothed(x_row, channel, inside, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
-        largest = tl.maximum(largest, tl.abs(z) if POLARITY == 0 else z)
-        largest2 = tl.maximum(largest2, -z)
-    scale = tl.math.div_rn(tl.maximum(tl.max(largest, axis=0), SMALLEST), LARGEST_CODE)
-    scale2 = scale
-    found = SEGMENT * tl.num_programs(2) * M + out_row
-    tl.store(scales_ptr + found, scale)
-    if POLARITY != 0:
-        scale2 = tl.math.div_rn(tl.maximum(tl.max(largest2, axis=0), SMALLEST), LARGEST_CODE)
-        tl.store(scales2_ptr + found, scale2)
-    for block in range(BLOCKS):
-        channel = block * BLOCK + k
-        inside = channel < SIZE
-        if BLOCKS > 1:
-            shift = _of_channels(shift_ptr, channel, inside, HAS_SHIFT)
-            factor = _of_channels(inverse_ptr, channel, inside, HAS_SMOOTHING)
-            z = _smoothed(x_row, channel, inside, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
-        place = out_row * K + START + channel
-        _store_both(
-            codes_ptr, codes2_ptr, place, z, 1.0 / scale, 1.0 / scale2, inside, LOW, HIGH, OFFSET, FP8, POLARITY
-        )
+    x = tl.load(x_ptr + row * stride_x + k, mask=inside, other=0.0)
+    while row < M:
+        following = row + PROGRAMS
+        x_following = tl.load(x_ptr + following * stride_x + k, mask=inside & (following < M), other=0.0)
+        z = _smoothed(x, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
+        largest = tl.abs(z) if POLARITY == 0 else z
+        largest2 = -z
+        for block in range(1, BLOCKS):
+            channel = block * BLOCK + k
+            within = channel < SIZE
+            more = _smoothed(
+                tl.load(x_ptr + row * stride_x + channel, mask=within, other=0.0),
+                _of_channels(shift_ptr, channel, within, HAS_SHIFT),
+                _of_channels(inverse_ptr, channel, within, HAS_SMOOTHING),
+                HAS_SHIFT,
+                HAS_SMOOTHING,
+            )
+            largest = tl.maximum(largest, tl.abs(more) if POLARITY == 0 else more)
+            largest2 = tl.maximum(largest2, -more)
+        scale = tl.math.div_rn(tl.maximum(tl.max(largest, axis=0), SMALLEST), LARGEST_CODE)
+        scale2 = scale
+        out_row = group * M + row
+        found = SEGMENT * tl.num_programs(2) * M + out_row
+        tl.store(scales_ptr + found, scale)
+        if POLARITY != 0:
+            scale2 = tl.math.div_rn(tl.maximum(tl.max(largest2, axis=0), SMALLEST), LARGEST_CODE)
+            tl.store(scales2_ptr + found, scale2)
+        inverse = 1.0 / scale
+        inverse2 = 1.0 / scale2
+        place = out_row * K + START + k
+        _store_both(codes_ptr, codes2_ptr, place, z, inverse, inverse2, inside, LOW, HIGH, OFFSET, FP8, POLARITY)
+        for block in range(1, BLOCKS):
+            channel = block * BLOCK + k
+            within = channel < SIZE
+            more = _smoothed(
+                tl.load(x_ptr + row * stride_x + channel, mask=within, other=0.0),
+                _of_channels(shift_ptr, channel, within, HAS_SHIFT),
+                _of_channels(inverse_ptr, channel, within, HAS_SMOOTHING),
+                HAS_SHIFT,
+                HAS_SMOOTHING,
+            )
+            place = out_row * K + START + channel
+            _store_both(codes_ptr, codes2_ptr, place, more, inverse, inverse2, within, LOW, HIGH, OFFSET, FP8, POLARITY)
+        x = x_following
+        row = following
 
 
 @torch.library.triton_op("segquant::quantize", mutates_args={})
@@ -296,7 +316,9 @@ def launch(
             of_channels = x if shift is None else shift, x if inverse_smoothing is None else inverse_smoothing
             sizes = rows, channels, x.stride(0), ends[segment] - size, size, segment
             if scale is None:
-                wrap(_quantize_per_token)[(rows, 1, groups)](
+                keeps = shift is not None or inverse_smoothing is not None
+                programs = min(rows, _processors(x.device) * max(2, KEPT_AT_ONCE // width)) if keeps else rows
+                wrap(_quantize_per_token)[(programs, 1, groups)](
                     x,
                     *of_channels,
                     codes,
@@ -304,6 +326,7 @@ def launch(
                     scales,
                     scales2,
                     *sizes,
+                    programs,
                     SMALLEST=SMALLEST_AMAX,
                     LARGEST_CODE=top if unsigned else largest_code,
                     BLOCKS=blocks,
@@ -331,7 +354,7 @@ def _unwrapped(kernel: Any) -> Any:
 
 def _per_token_block(size: int) -> tuple[int, int, int]:
     width = min(triton.next_power_of_2(size), MOST_KEPT)
-    return 1, width, max(1, width // KEPT_BY_WARP)
+    return 1, width, min(max(1, width // KEPT_BY_WARP), MOST_WARPS)
 
 
 def fused(
