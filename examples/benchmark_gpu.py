@@ -215,7 +215,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         colours = ["#9aa0a6" if way == "bf16" else "#f29900" if way in PEERS else "#1a73e8" for way in bars]
         drawn = axis.barh(list(bars), list(bars.values()), color=colours)
         base = bars.get("bf16")
-        axis.bar_label(drawn, [f"{ms:.0f}" + (f" ({base / ms:.2f}x)" if base else "") for ms in bars.values()])
+        labels = [f"{ms:.0f}" + (f" ({base / ms:.2f}x)" if base else "") for ms in bars.values()]
+        axis.bar_label(drawn, labels, padding=3)
         axis.invert_yaxis()
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("ms a step")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 import modelopt_ext
 
+START = time.perf_counter()
 NO_SPLIT = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
 
 
@@ -45,7 +47,13 @@ def step(model: nn.Module, call: Call, device: torch.device) -> tuple[Tensor, fl
     """The output, and milliseconds of a step."""
     call = {**call, "return_dict": False}  # what diffusers' context parallelism can gather
     output = model(**call)[0]
-    return output, milliseconds(lambda _: model(**call), device, at_once=STEPS_AT_ONCE)
+    return output, milliseconds(lambda _: model(**call), device, repeats=3, at_once=STEPS_AT_ONCE)
+
+
+def say(what: str) -> None:
+    """Print how far the script is: a large model takes minutes until the first number."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{time.perf_counter() - START:5.0f} s: {what}", flush=True)
 
 
 def compare(one: Tensor, several: Tensor) -> float:
@@ -63,7 +71,9 @@ def context_parallel(options: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     model, call = packed(device, options.tiny, options.way)
     model.set_attention_backend("_native_cudnn" if cuda else "native")
+    say("packed")
     alone, alone_ms = step(model, call, device)
+    say(f"one process takes {alone_ms:.1f} ms a step")
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count))
     together, together_ms = step(model, call, device)
@@ -80,13 +90,16 @@ def device_map(options: argparse.Namespace) -> None:
     """One process; blocks lie on different GPUs."""
     device = torch.device(options.device)
     model, call = packed(device, options.tiny, options.way)
-    expected, _ = step(model, call, device)
+    say("packed")
+    expected, alone_ms = step(model, call, device)
+    say(f"one device takes {alone_ms:.1f} ms a step")
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     model = model.to("cpu")
     count = max(torch.cuda.device_count(), 1)
     memory: dict[int | str, int] = {index: int(1.2 * size / count) for index in range(torch.cuda.device_count())}
     places = accelerate.infer_auto_device_map(model, {**memory, "cpu": 2 * size}, no_split_module_classes=NO_SPLIT)
     model = accelerate.dispatch_model(model, places, force_hooks=True)
+    say("dispatched")
     output, ms = step(model, call, device)
     used = sorted({str(place) for place in places.values()})
     print(
