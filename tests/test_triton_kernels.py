@@ -212,7 +212,7 @@ def test_activations_are_rounded_to_the_references_codes(
     if fmt.num_bits == (4, 3) and ("dual8" in polarity or not HAS_GPU):
         pytest.skip("dual8 is for integers, and the interpreter rounds floats to E4M3 in its own way")
     monkeypatch.setattr(triton_rounding, "KEPT_AT_ONCE", 0)  # few programs, so that each has several rows
-    monkeypatch.setattr(triton_rounding, "_processors", lambda _: 1)
+    monkeypatch.setattr(triton_rounding, "processor_count", lambda _: 1)
     torch.manual_seed(0)
     segments, groups, rows = (40, 72), 2, 9
     x = 3 * torch.randn(rows, sum(segments), device=DEVICE)

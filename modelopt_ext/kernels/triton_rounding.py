@@ -23,7 +23,7 @@ from torch.library import wrap_triton
 from ..formats import E4M3_MAX, SMALLEST_AMAX, QuantFormat
 from .cuda import launches_directly, on_device_of
 from .rounding import Quantized, offset_of
-from .triton_gemm import _processors
+from .triton_gemm import processor_count
 
 POLARITIES = ("none", "dual", "dual8")
 # Rows, channels and warps of a program with static scales.
@@ -84,6 +84,15 @@ def _smoothed(x, shift, factor, HAS_SHIFT: tl.constexpr, HAS_SMOOTHING: tl.const
     if HAS_SMOOTHING:
         z = z * factor
     return z
+
+
+@triton.jit
+def _more(x_row, shift_ptr, inverse_ptr, channel, within, HAS_SHIFT: tl.constexpr, HAS_SMOOTHING: tl.constexpr):
+    """A block of channels that is not kept."""
+    x = tl.load(x_row + channel, mask=within, other=0.0)
+    shift = _of_channels(shift_ptr, channel, within, HAS_SHIFT)
+    factor = _of_channels(inverse_ptr, channel, within, HAS_SMOOTHING)
+    return _smoothed(x, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
 
 
 @triton.jit
@@ -179,13 +188,7 @@ def _quantize_per_token(
         for block in range(1, BLOCKS):
             channel = block * BLOCK + k
             within = channel < SIZE
-            more = _smoothed(
-                tl.load(x_ptr + row * stride_x + channel, mask=within, other=0.0),
-                _of_channels(shift_ptr, channel, within, HAS_SHIFT),
-                _of_channels(inverse_ptr, channel, within, HAS_SMOOTHING),
-                HAS_SHIFT,
-                HAS_SMOOTHING,
-            )
+            more = _more(x_ptr + row * stride_x, shift_ptr, inverse_ptr, channel, within, HAS_SHIFT, HAS_SMOOTHING)
             largest = tl.maximum(largest, tl.abs(more) if POLARITY == 0 else more)
             largest2 = tl.maximum(largest2, -more)
         scale = tl.math.div_rn(tl.maximum(tl.max(largest, axis=0), SMALLEST), LARGEST_CODE)
@@ -203,13 +206,7 @@ def _quantize_per_token(
         for block in range(1, BLOCKS):
             channel = block * BLOCK + k
             within = channel < SIZE
-            more = _smoothed(
-                tl.load(x_ptr + row * stride_x + channel, mask=within, other=0.0),
-                _of_channels(shift_ptr, channel, within, HAS_SHIFT),
-                _of_channels(inverse_ptr, channel, within, HAS_SMOOTHING),
-                HAS_SHIFT,
-                HAS_SMOOTHING,
-            )
+            more = _more(x_ptr + row * stride_x, shift_ptr, inverse_ptr, channel, within, HAS_SHIFT, HAS_SMOOTHING)
             place = out_row * K + START + channel
             _store_both(codes_ptr, codes2_ptr, place, more, inverse, inverse2, within, LOW, HIGH, OFFSET, FP8, POLARITY)
         x = x_following
@@ -317,7 +314,7 @@ def launch(
             sizes = rows, channels, x.stride(0), ends[segment] - size, size, segment
             if scale is None:
                 keeps = shift is not None or inverse_smoothing is not None
-                programs = min(rows, _processors(x.device) * max(2, KEPT_AT_ONCE // width)) if keeps else rows
+                programs = min(rows, processor_count(x.device) * max(2, KEPT_AT_ONCE // width)) if keeps else rows
                 wrap(_quantize_per_token)[(programs, 1, groups)](
                     x,
                     *of_channels,
