@@ -139,7 +139,7 @@ class PackedSpec:
 
 @torch.compiler.assume_constant_result
 def _has_autocast(kind: str) -> bool:
-    """Whether devices of that type have autocast: asked outside of the compiler, which before torch 2.12 can't."""
+    """Whether devices of that type have autocast: asked outside of the compiler, that of torch 2.11 can not ask."""
     return torch.amp.is_autocast_available(kind)
 
 
