@@ -56,7 +56,8 @@ def product_milliseconds(work: Callable[[int], object], device: torch.device) ->
 def in_turns(ways: Mapping[str, Callable[[int], object]], device: torch.device) -> dict[str, float]:
     """Median milliseconds of several ways to do one thing, measured by turns and for long enough.
 
-    A GPU lowers its clock under load: what is measured first, or for a moment, seems faster than what follows.
+    A GPU lowers its clock under load: what is measured first, or for a moment, seems faster than what follows. A few
+    percent of that are left: each way still finds the clock that the one before it has left.
     """
     if device.type != "cuda":
         return {name: milliseconds(work, device) for name, work in ways.items()}

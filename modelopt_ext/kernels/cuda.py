@@ -140,11 +140,8 @@ def _row_wise(operands: Operands, a: Tensor, scale_a: Tensor, bias: Tensor | Non
     scale_a, scale_b = scale_a.expand(a.shape[0], 1), operands.scale_b.reshape(1, -1)
     whole = operands.channels == slice(0, a.shape[1])
     product = _scaled_mm if whole or launches_directly() else torch.ops.segquant.fp8_gemm
-    return product(a, operands.b, scale_a.contiguous(), scale_b.contiguous(), bias, *_bounds(operands))
-
-
-def _bounds(operands: Operands) -> tuple[int, int]:
-    return operands.channels.start, operands.channels.stop
+    start, stop = operands.channels.start, operands.channels.stop
+    return product(a, operands.b, scale_a.contiguous(), scale_b.contiguous(), bias, start, stop)
 
 
 def _scaled_mm(

@@ -22,7 +22,7 @@ UNSIGNED_OFFSET = 128
 # pattern of the sum counts in ones.
 _INTEGERS_ONLY = 1.5 * 2.0**23
 _BITS_OF_ZERO = 0x4B400000
-# Segments up to which the scale of a channel is chosen while it is divided, by comparing the channel's number.
+# Segments up to which the scale of a channel is chosen where it is used, by comparing the channel's number.
 _CHOSEN_INLINE = 4
 
 
@@ -153,6 +153,11 @@ def encoded(z: Tensor, scale: Tensor, spread: Callable[[Tensor], Tensor], fmt: Q
     codes = codes.clamp(fmt.min_code, fmt.max_code)
     if not z.is_cuda:
         return (codes.round() - offset).to(torch.int8)
+    return nearest(codes, offset)
+
+
+def nearest(codes: Tensor, offset: int) -> Tensor:
+    """The nearest integers, ties to even, less ``offset``: int8. ``codes`` are float32 below 2^22."""
     return ((codes + _INTEGERS_ONLY).view(torch.int32) - (_BITS_OF_ZERO + offset)).to(torch.int8)
 
 

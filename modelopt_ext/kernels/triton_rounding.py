@@ -278,7 +278,7 @@ def launch(
         low: the smallest signed code.
         high: the largest.
         offset: what unsigned codes are held less of.
-        block: rows, most channels and warps of a program; by default what is fast.
+        block: rows (for static scales), most channels and warps of a program; by default what is fast.
     """
     (rows, channels), groups = x.shape, 1 if inverse_smoothing is None else inverse_smoothing.shape[0]
     fp8, split, per_token = high == E4M3_MAX, any(polarity), scale is None

@@ -6,7 +6,8 @@ same function with a logistic one, which takes a third of them:
 
     0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)),    u = sqrt(2 / pi) (x + 0.044715 x^3)
 
-The difference is float32's rounding. Without a compiler, on a CPU, and in an export, nothing changes.
+The difference is float32's rounding. Without a compiler, on a CPU, and in an export that is not a strict one, nothing
+changes.
 """
 
 from __future__ import annotations
