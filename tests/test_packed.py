@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import modelopt_ext
 from modelopt_ext import PackedLinear, PackedSpec, SegLinear
 from modelopt_ext.kernels import scaled_mm
-from modelopt_ext.kernels.scaled_mm import reference
 from modelopt_ext.nn.packed import pack_int4, unpack_int4
 from modelopt_ext.presets import PER_TOKEN, PRESETS, linear_only
 
@@ -383,7 +382,7 @@ def test_scaled_mm_passes_torchs_operator_checks() -> None:
     a, b = torch.randint(-9, 9, (4, 8), dtype=torch.int8), torch.randint(-9, 9, (6, 8), dtype=torch.int8)
     sums = b.sum(dim=1, dtype=torch.int32)
     arguments = (a, b, torch.rand(4, 1), torch.rand(6), torch.rand(6), -128, sums, a, torch.rand(4, 1), -1)
-    torch.library.opcheck(reference, arguments)
+    torch.library.opcheck(torch.ops.segquant.scaled_mm.default, (*arguments, 1, 0, 8, torch.bfloat16))
     with pytest.raises(ValueError, match="multiplies int8 by int8"):
         scaled_mm(a, b.float(), torch.rand(4, 1), torch.rand(6))
     with pytest.raises(ValueError, match="7 channels do not go with a weight of 8"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,12 +18,15 @@ from test_quantize import sqnr
 from tiny_pipelines import tiny_sd3_pipeline
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import modelopt_ext
 from modelopt_ext import PackedLinear
 from modelopt_ext.formats import QuantFormat
-from modelopt_ext.kernels import cuda, rounding, scaled_mm
+from modelopt_ext.kernels import cuda, rounding
+from modelopt_ext.kernels.operands import Operands
+from modelopt_ext.kernels.scaled_mm import _product_of, launches_directly
 from modelopt_ext.nn import SegLayout
 from modelopt_ext.nn.alike import make_alike
 from modelopt_ext.nn.packed import PackedSpec
@@ -182,7 +184,7 @@ def test_who_traces_sees_operators_instead_of_launches() -> None:
     asked = []
 
     def traced(x: Tensor) -> Tensor:
-        asked.append(cuda.launches_directly())
+        asked.append(launches_directly())
         return x + 1
 
     traced(torch.zeros(1))
@@ -203,17 +205,8 @@ def test_a_compiler_gets_through_what_runs_on_a_gpu(
     groups: tuple[int, ...],
     polarity: str,
     per_token: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With tensors that only say that they are on one."""
-    monkeypatch.setattr(cuda, "_has_triton", lambda: codes == "int8")
-    monkeypatch.setattr(cuda, "_multiplies_int8", lambda _: True)
-    monkeypatch.setattr(cuda, "_fp8_fits", lambda *_: True)
-    if codes == "int8":
-        triton_gemm = pytest.importorskip("modelopt_ext.kernels.triton_gemm", reason="Triton is not installed")
-        monkeypatch.setattr(triton_gemm, "_properties", lambda _: (True, 3))
-        monkeypatch.setattr(triton_gemm, "_shared_memory", lambda _: 227 * 1024)
-        monkeypatch.setattr(triton_gemm, "on_device_of", lambda _: nullcontext())
     layout = SegLayout(segments, groups, groups, (polarity,) * len(segments))
     spec = PackedSpec(layout, codes, activations=codes, per_token=per_token, smoothing=True, shift=True)
     called: list[str] = []
@@ -227,27 +220,41 @@ def test_a_compiler_gets_through_what_runs_on_a_gpu(
         x = torch.empty(1, 200, 64, dtype=torch.bfloat16, device="cuda")
         found = torch.compile(layer, backend=backend, fullgraph=True)(x)
     assert (found.shape, found.dtype, found.device.type) == ((1, 200, 48), torch.bfloat16, "cuda")
-    fp8 = "_scaled_mm" if len(segments) == 1 else "segquant.fp8_gemm"
-    products = [name for name in called if ("segquant.code_gemm" if codes == "int8" else fp8) in name]
-    # Triton multiplies both signs at once.
-    assert len(products) == len(segments) * len(groups) * (2 if polarity == "dual" and codes != "int8" else 1)
+    assert sum("segquant.scaled_mm" in name for name in called) == len(segments) * len(groups)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
+def test_a_compiler_writes_codes_once(codes: Any) -> None:
+    """However many products read them."""
+    spec = PackedSpec(SegLayout((64, 64), (48,), (48,), ("none", "none")), codes, activations=codes)
+    layer = PackedLinear(spec, dtype=torch.bfloat16, device=DEVICE)
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        torch.nn.init.constant_(tensor, 1) if tensor.is_floating_point() else tensor.data.zero_()
+    x = torch.randn(200, 128, dtype=torch.bfloat16, device=DEVICE)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
+    assert code.count("tl.store") == 2  # the codes, and the sum of two products
 
 
 def test_older_gpus_get_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def unexpected(*_: Any, **__: Any) -> None:
         raise AssertionError("a kernel that does not compile here")
 
-    monkeypatch.setattr(cuda, "_has_triton", lambda: True)
-    monkeypatch.setattr(cuda, "_multiplies_int8", cuda._multiplies_int8.__wrapped__)
+    monkeypatch.setattr(cuda, "has_triton", lambda: True)
+    monkeypatch.setattr(cuda, "multiplies_int8", cuda.multiplies_int8.__wrapped__)
     monkeypatch.setattr(cuda, "multiplies_fp8", lambda _: False)
     monkeypatch.setattr(cuda, "code_gemm", unexpected)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setitem(sys.modules, "modelopt_ext.kernels.triton_rounding", SimpleNamespace(fused=unexpected))
     monkeypatch.setattr(rounding, "reference", lambda *_: "the reference")
+    monkeypatch.setattr(sys.modules["modelopt_ext.kernels.scaled_mm"], "reference", lambda *_: torch.ones(8, 8))
     with FakeTensorMode():
         a, b, x = (torch.empty(n, 64, device="cuda:0", dtype=kind) for n, kind in ((8, torch.int8),) * 2 + ((8, None),))
         one, scale = (torch.empty(size, device="cuda:0") for size in ((1, 1), (8,)))
-        assert scaled_mm(a, b, one, scale).shape == (8, 8)
+        assert _product_of(Operands(a, b, one, scale), torch.bfloat16).dtype == torch.bfloat16
         assert rounding.quantize(x, QuantFormat((4, 3)), (64,), ("none",)) == "the reference"
 
 

@@ -120,13 +120,12 @@ def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: p
     scale, scale_b = torch.rand(groups, 1, device=DEVICE), torch.rand(groups * 32, device=DEVICE)
     operands = Operands(a.t().contiguous().t(), b, scale, scale_b, groups=groups, size=64)
 
-    def bare(kernel: Any) -> Any:
-        sizes = FEW if kernel is _few_rows else {name: size for name, size in TILES.items() if name != "processors"}
-        return _WithTiles(kernel.fn, sizes)
-
+    tiles = {name: size for name, size in TILES.items() if name != "processors"}
+    monkeypatch.setattr(triton_gemm, "_few_rows", _WithTiles(_few_rows.fn, FEW))
+    monkeypatch.setattr(triton_gemm, "_tiles", _WithTiles(_tiles.fn, tiles))
     if not HAS_GPU:
         monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
-    found = triton_gemm.launch_gemm(operands, torch.float32, bare)
+    found = triton_gemm.launch_gemm(operands, torch.float32)
     torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
 
 
@@ -170,13 +169,15 @@ def test_kernels_run_on_the_device_of_their_operands(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
+    monkeypatch.setattr(triton_gemm, "_few_rows", Kernel())
+    monkeypatch.setattr(triton_gemm, "_tiles", Kernel())
     with FakeTensorMode():
         for device in ("cuda:0", "cuda:1"):
             make = partial(torch.empty, device=device)
             launch(lambda _: Kernel(), make(100, 64), None, None, None, None, (64,), (0,), 127.0, -128.0, 127.0, 128)
             for rows in (100, 4):
                 a, b = (make(n, 64, dtype=torch.int8) for n in (rows, 32))
-                triton_gemm.launch_gemm(Operands(a, b, make(1, 1), make(32)), torch.float32, lambda _: Kernel())
+                triton_gemm.launch_gemm(Operands(a, b, make(1, 1), make(32)), torch.float32)
     assert launched == [0, 0, 0, 1, 1, 1]
     assert current == [0]
 

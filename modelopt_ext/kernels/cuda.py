@@ -26,15 +26,9 @@ NARROWEST_TILE = 16
 OLDEST_CAPABILITY = (8, 0)
 
 
-# What is asked while a model is compiled is asked of plain functions: the compiler looks into cached ones.
-@torch.compiler.assume_constant_result
-def has_triton() -> bool:
-    """Whether the Triton kernels can be used; registers their operator."""
-    return _has_triton()
-
-
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the Triton kernels can be used."""
     try:
         from . import triton_gemm  # noqa: F401
     except ImportError:
@@ -43,14 +37,11 @@ def _has_triton() -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@cache
 def multiplies_int8(device: int) -> bool:
     """Whether the Triton kernels multiply int8 codes on that device."""
-    return _has_triton() and _multiplies_int8(device)
-
-
-@cache
-def _multiplies_int8(device: int) -> bool:
+    if not has_triton():
+        return False
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         logger.warning(
@@ -61,14 +52,9 @@ def _multiplies_int8(device: int) -> bool:
     return capability >= OLDEST_CAPABILITY
 
 
-@torch.compiler.assume_constant_result
+@cache
 def fp8_fits(device: int, rows: int, channels: int) -> bool:
     """Whether ``torch._scaled_mm`` multiplies by a weight (rows, channels) of E4M3 codes on that device."""
-    return _fp8_fits(device, rows, channels)
-
-
-@cache
-def _fp8_fits(device: int, rows: int, channels: int) -> bool:
     if rows % FP8_MULTIPLE or channels % FP8_MULTIPLE:
         logger.warning(
             "segquant: a %d x %d E4M3 weight is no multiple of %d; using the slow reference product",
@@ -96,19 +82,9 @@ def multiplies_fp8(device: int) -> bool:
 
 def code_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     """:func:`modelopt_ext.kernels.scaled_mm` by the Triton kernels of :mod:`.triton_gemm`."""
-    from . import triton_gemm
+    from .triton_gemm import launch_gemm
 
-    if launches_directly():
-        # The operator is for those who look at it: compilers, tracers. By itself it costs more time than the launch.
-        return triton_gemm.launch_gemm(operands, out_dtype)
-    return torch.ops.segquant.code_gemm(*operands.flat(), out_dtype)
-
-
-def launches_directly() -> bool:
-    """Whether nothing traces or compiles what runs."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return torch._C._len_torch_dispatch_stack() == 0
+    return launch_gemm(operands, out_dtype)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -137,43 +113,19 @@ def fp8_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
 
 def _row_wise(operands: Operands, a: Tensor, scale_a: Tensor, bias: Tensor | None) -> Tensor:
     """One product with a scale per row of ``a`` and of ``b``, (M, N) bfloat16."""
-    scale_a, scale_b = scale_a.expand(a.shape[0], 1), operands.scale_b.reshape(1, -1)
-    whole = operands.channels == slice(0, a.shape[1])
-    product = _scaled_mm if whole or launches_directly() else torch.ops.segquant.fp8_gemm
-    start, stop = operands.channels.start, operands.channels.stop
-    return product(a, operands.b, scale_a.contiguous(), scale_b.contiguous(), bias, start, stop)
-
-
-def _scaled_mm(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, start: int, stop: int
-) -> Tensor:
-    """Over the channels from ``start`` to ``stop``, where they lie: rows may be further apart than they are long."""
     return torch._scaled_mm(
-        _part(a, start, stop),
-        _part(b, start, stop).t(),
-        scale_a=scale_a,
-        scale_b=scale_b,
+        _part(a, operands.channels),
+        _part(operands.b, operands.channels).t(),
+        scale_a=scale_a.expand(a.shape[0], 1).contiguous(),
+        scale_b=operands.scale_b.reshape(1, -1).contiguous(),
         bias=bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
 
 
-def _part(x: Tensor, start: int, stop: int) -> Tensor:
-    """Its channels from ``start`` to ``stop``, copied where rows would not start at multiples of 16 bytes."""
-    part = x[:, start:stop]
-    fits = part.stride(1) == 1 and start % FP8_MULTIPLE == 0 and part.stride(0) % FP8_MULTIPLE == 0
+def _part(x: Tensor, channels: slice) -> Tensor:
+    """Its channels, where they lie, or copied where rows would not start at multiples of 16 bytes."""
+    part = x[:, channels]
+    fits = part.stride(1) == 1 and channels.start % FP8_MULTIPLE == 0 and part.stride(0) % FP8_MULTIPLE == 0
     return part if fits else part.contiguous()
-
-
-# An operator of whole matrices: given parts of one that it has yet to compute, the compiler computes each by itself.
-torch.library.define(
-    "segquant::fp8_gemm",
-    "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, int start, int stop) -> Tensor",
-)
-torch.library.impl("segquant::fp8_gemm", "CUDA", _scaled_mm)
-
-
-@torch.library.register_fake("segquant::fp8_gemm")
-def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.bfloat16)

@@ -114,7 +114,7 @@ def rounded(
     if scale is not None and set(polarity) == {"none"}:
         # All of a row at once: nothing between the producer of x and its codes has to be written to memory.
         whole = encoded(z, scale, partial(_by_channel, segments=segments, rows=rows), fmt)
-        return Quantized(whole, [scale[:, t : t + 1] for t in range(len(segments))])
+        return Quantized(whole, [_of_segment(scale, t) for t in range(len(segments))])
     codes: list[Tensor] = []
     negative: list[Tensor] = []
     scales: list[Tensor] = []
@@ -164,8 +164,13 @@ def nearest(codes: Tensor, offset: int) -> Tensor:
 def _step(values: Tensor, fmt: QuantFormat, static: Tensor | None, segment: int) -> Tensor:
     """The scale of a segment: (G, 1) of ``static`` (G, T), or one found for each row of ``values`` (G M, k)."""
     if static is not None:
-        return static[:, segment : segment + 1]
+        return _of_segment(static, segment)
     return values.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX) / fmt.max_code
+
+
+def _of_segment(scale: Tensor, segment: int) -> Tensor:
+    """(G, 1) of (G, T)."""
+    return scale if scale.shape[1] == 1 else scale[:, segment : segment + 1]
 
 
 def _by_row(step: Tensor, rows: int) -> Tensor:

@@ -1,10 +1,14 @@
 """The product of two matrices of 8-bit codes, scaled on the way out: :func:`scaled_mm`.
 
-The operator ``segquant::scaled_mm`` is its reference: it runs on every device and defines the numbers, and
-``torch.compile`` and ``torch.export`` see one node with a schema. :mod:`.cuda` has fast products for GPUs.
+:func:`reference` runs on every device and defines the numbers; :mod:`.cuda` has fast products for GPUs. Who traces or
+compiles sees one node with a schema, the operator ``segquant::scaled_mm``, and not what is chosen behind it: compiling
+a model takes as long as it has nodes, and a compiler that saw a Triton kernel would analyse it anew at each of its
+hundreds of launches.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +65,18 @@ def scaled_mm(
     Raises:
         ValueError: operands that do not go together.
     """
-    check(a, b, zero, sum_b, a2, scale_a2, groups)
     start, size = (0, a.shape[1]) if segment is None else (segment.start, segment.stop - segment.start)
-    operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
-    return _product_of(operands, out_dtype or torch.float32)
+    # The operator is for those who look at it. By itself it costs more time than a launch.
+    product = _product if launches_directly() and not a.is_meta else torch.ops.segquant.scaled_mm
+    out_dtype = out_dtype or torch.float32
+    return product(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype)
+
+
+def launches_directly() -> bool:
+    """Whether nothing traces or compiles what runs."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def _product_of(operands: Operands, out_dtype: torch.dtype) -> Tensor:
@@ -86,7 +98,29 @@ def _fits_kernels(a: Tensor, b: Tensor, channels: int) -> bool:
     return cuda.fp8_fits(a.device.index or 0, b.shape[0], channels)
 
 
-@torch.library.custom_op("segquant::scaled_mm", mutates_args=())
+def _product(*arguments: Any) -> Tensor:
+    *values, out_dtype = arguments
+    operands = Operands(*values)
+    check(operands)
+    return _product_of(operands, out_dtype)
+
+
+# Any layout will do: the compiler would copy what it computes for every operator that asks for one.
+torch.library.define(
+    "segquant::scaled_mm",
+    "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, int zero, Tensor? sum_b, Tensor? a2, "
+    "Tensor? scale_a2, int sign, int groups, int start, int size, ScalarType out_dtype) -> Tensor",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
+torch.library.impl("segquant::scaled_mm", "CompositeExplicitAutograd", _product)
+
+
+@torch.library.register_fake("segquant::scaled_mm")
+def _(a: Tensor, b: Tensor, *others: Any) -> Tensor:
+    *_, groups, _, _, out_dtype = others
+    return a.new_empty((a.shape[0] // groups, b.shape[0]), dtype=out_dtype)
+
+
 def reference(
     a: Tensor,
     b: Tensor,
@@ -105,10 +139,14 @@ def reference(
     """:func:`scaled_mm` in plain torch, float32, over ``size`` channels (-1: all that follow) from ``start`` on."""
     channels = slice(start, start + size if size >= 0 else None)
     b = b[:, channels]
+
+    def scaled(codes: Tensor, scale: Tensor) -> Tensor:
+        return _group_products(codes[:, channels], b, zero, sum_b, groups) * _by_group(scale, groups)
+
     with torch.autocast(a.device.type, enabled=False):  # it would round sums of codes to 16 bits
-        total = _product(a[:, channels], b, zero, sum_b, groups) * _by_group(scale_a, groups)
+        total = scaled(a, scale_a)
         if a2 is not None and scale_a2 is not None:
-            total = total + sign * (_product(a2[:, channels], b, zero, sum_b, groups) * _by_group(scale_a2, groups))
+            total = total + sign * scaled(a2, scale_a2)
     # (G, M, N / G) to (M, N).
     total = total.transpose(0, 1).flatten(1) * scale_b
     return total if bias is None else total + bias
@@ -119,7 +157,7 @@ def _by_group(rows: Tensor, groups: int) -> Tensor:
     return rows.unflatten(0, (groups, -1))
 
 
-def _product(a: Tensor, b: Tensor, zero: int, sum_b: Tensor | None, groups: int) -> Tensor:
+def _group_products(a: Tensor, b: Tensor, zero: int, sum_b: Tensor | None, groups: int) -> Tensor:
     """``(a - zero) . b^T`` of each group, (G, M, N / G) float32."""
     a, b = _by_group(a, groups), _by_group(b, groups)
     if a.dtype != torch.int8:
@@ -143,36 +181,16 @@ def _integer_product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-@reference.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None = None,
-    zero: int = 0,
-    sum_b: Tensor | None = None,
-    a2: Tensor | None = None,
-    scale_a2: Tensor | None = None,
-    sign: int = 1,
-    groups: int = 1,
-    start: int = 0,
-    size: int = -1,
-) -> Tensor:
-    return a.new_empty((a.shape[0] // groups, b.shape[0]), dtype=torch.float32)
-
-
-def check(
-    a: Tensor, b: Tensor, zero: int, sum_b: Tensor | None, a2: Tensor | None, scale_a2: Tensor | None, groups: int
-) -> None:
+def check(operands: Operands) -> None:
     """Raise ValueError for operands that do not go together."""
+    a, b, a2, groups = operands.a, operands.b, operands.a2, operands.groups
     if a.dtype != b.dtype or a.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"scaled_mm multiplies int8 by int8 or float8_e4m3fn by the same, got {a.dtype} by {b.dtype}")
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"scaled_mm: codes of {a.shape[1]} channels do not go with a weight of {b.shape[1]}")
-    if zero and (a.dtype != torch.int8 or sum_b is None):
+    if operands.zero and (a.dtype != torch.int8 or operands.sum_b is None):
         raise ValueError("scaled_mm: only integer codes have a zero point, and it needs sum_b")
-    if (a2 is None) != (scale_a2 is None) or (a2 is not None and (a2.dtype != a.dtype or a2.shape != a.shape)):
+    if (a2 is None) != (operands.scale_a2 is None) or (a2 is not None and (a2.dtype != a.dtype or a2.shape != a.shape)):
         raise ValueError("scaled_mm: a2 needs a's dtype and shape, and scale_a2")
     if groups < 1 or a.shape[0] % groups or b.shape[0] % groups:
         raise ValueError(f"scaled_mm: {groups} groups do not divide {a.shape[0]} rows and {b.shape[0]} outputs")

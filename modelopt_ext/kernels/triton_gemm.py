@@ -16,7 +16,6 @@ Loads go through tensor-memory-accelerator descriptors where the GPU has them, e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -25,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .cuda import on_device_of
 from .operands import Operands
@@ -328,20 +326,14 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
 def _tma_fits(operands: Operands, out_dtype: torch.dtype) -> bool:
     """Tensor descriptors need 16-byte aligned rows, and a GPU that has them and room for their tiles."""
     matrices = [x for x in (operands.a, operands.b, operands.a2) if x is not None]
-    # Allocations are aligned; pointers are not looked at, so that this can be traced.
+    # Allocations are aligned.
     aligned = all(x.storage_offset() % 16 == 0 and x.stride(0) % 16 == 0 for x in matrices)
     out_row = operands.b.shape[0] * out_dtype.itemsize
-    if not aligned or operands.start % 16 or out_row % 16 or not _has_descriptors(operands.a.device):
+    if not aligned or operands.start % 16 or out_row % 16 or not _properties(operands.a.device)[0]:
         return False
     return not operands.is_dual or _shared_memory(operands.a.device) >= SHARED_OF_DUAL_WITH_TMA
 
 
-@torch.compiler.assume_constant_result
-def _has_descriptors(device: torch.device) -> bool:
-    return _properties(device)[0]
-
-
-@torch.compiler.assume_constant_result
 def processor_count(device: torch.device) -> int:
     """How many multiprocessors a GPU has."""
     return _properties(device)[1]
@@ -362,43 +354,10 @@ def _shared_memory(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
-@torch.library.triton_op("segquant::code_gemm", mutates_args={})
-def code_gemm(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    zero: int,
-    sum_b: Tensor | None,
-    a2: Tensor | None,
-    scale_a2: Tensor | None,
-    sign: int,
-    groups: int,
-    start: int,
-    size: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """:func:`modelopt_ext.kernels.scaled_mm` on a GPU. ``torch.compile`` sees the kernels themselves.
+def launch_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
+    """:func:`modelopt_ext.kernels.scaled_mm` on a GPU, (M, N) in ``out_dtype``.
 
     With more than one group, at most ``FEW_ROWS`` rows a group.
-    """
-    operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
-    return launch_gemm(operands, out_dtype, wrap_triton)
-
-
-def launch_gemm(
-    operands: Operands, out_dtype: torch.dtype, wrap: Callable[[Any], Any] = lambda kernel: kernel
-) -> Tensor:
-    """:func:`code_gemm` without the operator around it.
-
-    Args:
-        operands: with more than one group, at most ``FEW_ROWS`` rows a group.
-        out_dtype: of the result.
-        wrap: what the kernel is given to before it is launched.
-
-    Returns:
-        (M, N) in ``out_dtype``.
     """
     operands = replace(
         operands,
@@ -410,8 +369,8 @@ def launch_gemm(
         return torch.empty(0, operands.b.shape[0], dtype=out_dtype, device=operands.a.device)
     with on_device_of(operands.a):
         if operands.rows <= FEW_ROWS:
-            return launch_few_rows(wrap(_few_rows), operands, out_dtype)
-        return launch_tiles(wrap(_tiles), operands, out_dtype, _tma_fits(operands, out_dtype))
+            return launch_few_rows(_few_rows, operands, out_dtype)
+        return launch_tiles(_tiles, operands, out_dtype, _tma_fits(operands, out_dtype))
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ..formats import E4M3_MAX, SMALLEST_AMAX, QuantFormat
-from .cuda import launches_directly, on_device_of
+from .cuda import on_device_of
 from .rounding import Quantized, offset_of
+from .scaled_mm import launches_directly
 from .triton_gemm import processor_count
 
 POLARITIES = ("none", "dual", "dual8")

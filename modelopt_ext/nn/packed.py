@@ -143,6 +143,16 @@ def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
+# A compiler takes time for every operation that it sees, also for those that do nothing.
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _of_groups(table: Tensor | None, groups: slice) -> Tensor | None:
+    """Rows of a table with one for each output group."""
+    return table if table is None or groups.stop - groups.start == len(table) else table[groups]
+
+
 class _WithoutGradient(torch.autograd.Function):
     """An output of codes: who asks for its gradient gets an error, not what happens to arrive by branch and scales."""
 
@@ -296,7 +306,7 @@ class PackedLinear(nn.Linear):
         output = self._codes_product(x, direct) if self.spec.multiplies_codes else self._float_product(x, direct)
         if self.low_rank_up is not None:
             output = output + self._branch(x)
-        output = output.to(dtype).reshape(*input.shape[:-1], self.out_features)
+        output = _as(output, dtype).reshape(*input.shape[:-1], self.out_features)
         if self.spec.activations and input.requires_grad and torch.is_grad_enabled():
             return output if torch.compiler.is_compiling() else _WithoutGradient.apply(output.detach(), input)
         return output
@@ -355,7 +365,7 @@ class PackedLinear(nn.Linear):
             )
             total = product if total is None else total + product
         assert total is not None
-        return total.to(dtype)
+        return _as(total, dtype)
 
     @property
     def _format(self) -> QuantFormat:
@@ -366,20 +376,13 @@ class PackedLinear(nn.Linear):
     def _quantize(self, x: Tensor, groups: slice) -> Quantized:
         """Codes of x (M, K) as some output groups read them."""
         layout = self.spec.layout
-        shift, inverse = self.shift, None if self.inverse_smoothing is None else self.inverse_smoothing[groups]
-        scales = self._static_scales(groups)
+        shift, inverse = self.shift, _of_groups(self.inverse_smoothing, groups)
+        # Static scales (G, T) of the values and of those below 0; None for scales per token.
+        scales = _of_groups(self.input_scale, groups), _of_groups(self.input_scale_negative, groups)
         if any(block > 1 for block in layout.rotation):
             z = rotate_segments(smoothed(x, shift, inverse), layout.in_slices, layout.rotation)
             return rounded(z, self._format, layout.in_segments, layout.polarity, *scales)
         return quantize(x, self._format, layout.in_segments, layout.polarity, shift, inverse, *scales)
-
-    def _static_scales(self, groups: slice) -> tuple[Tensor | None, Tensor | None]:
-        """Scales (G, T) of the values and of those below 0; None for scales per token."""
-        negative = self.input_scale_negative
-        return (
-            None if self.input_scale is None else self.input_scale[groups],
-            None if negative is None else negative[groups],
-        )
 
     def _float_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Products of rounded floats, for codes that no product of two matrices of codes serves: (M, N) in ``dtype``.
