@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+
 from modelopt_ext.formats import QuantFormat
 from modelopt_ext.kernels import rounding, triton_gemm, triton_rounding
 from modelopt_ext.kernels.operands import Operands
@@ -58,7 +60,7 @@ def test_many_rows_give_the_references_numbers(
     second = (a2, 2 * scale) if dual else (None, None)
     operands = Operands(a, b, scale, scale_b, bias, zero, sums, *second, -1)
     found = launch_tiles(_tiles.fn, operands, torch.float32, tma, **TILES)
-    expected = reference(*operands.flat())
+    expected = reference(*operands)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
 
 
@@ -76,7 +78,7 @@ def test_few_rows_give_the_references_numbers(rows: int, zero: int, per_token: b
     second = (a2, 2 * scale) if dual else (None, None)
     operands = Operands(a, b, scale, scale_b, bias, zero, sums, *second, -1, groups)
     found = launch_few_rows(_few_rows.fn, operands, torch.float32, **FEW)
-    expected = reference(*operands.flat())
+    expected = reference(*operands)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
 
 
@@ -87,11 +89,12 @@ def test_scales_of_groups_that_do_not_lie_side_by_side() -> None:
     scale_b = torch.rand(groups * 16, device=DEVICE)
     operands = Operands(a, b, table[:, 1:], scale_b, a2=a2, scale_a2=table2[:, 1:], groups=groups)
     found = launch_few_rows(_few_rows.fn, operands, torch.float32, **FEW)
-    torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(found, reference(*operands), rtol=1e-5, atol=1e-2)
 
 
 def test_tiles_are_chosen_anew_for_groups_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_few_rows, "cache", {})
+    monkeypatch.setattr(triton_gemm, "_CHOSEN", {})
     monkeypatch.setattr(_few_rows, "cache_results", False)
     monkeypatch.setattr(_few_rows, "_bench", lambda *_, config, **__: [-config.kwargs["BLOCK_N"]])  # the widest wins
     b, scale_b = codes(96, 64, 0), torch.rand(96, device=DEVICE)
@@ -99,7 +102,7 @@ def test_tiles_are_chosen_anew_for_groups_of_another_width(monkeypatch: pytest.M
         a, scale = codes(groups * 4, 64, groups), torch.rand(groups, 1, device=DEVICE)
         operands = Operands(a, b, scale, scale_b, groups=groups)
         found = launch_few_rows(_few_rows, operands, torch.float32)
-        torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
+        torch.testing.assert_close(found, reference(*operands), rtol=1e-5, atol=1e-2)
 
 
 def test_a_segment_of_strided_operands_and_half_precision_output() -> None:
@@ -121,12 +124,16 @@ def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: p
     operands = Operands(a.t().contiguous().t(), b, scale, scale_b, groups=groups, size=64)
 
     tiles = {name: size for name, size in TILES.items() if name != "processors"}
-    monkeypatch.setattr(triton_gemm, "_few_rows", _WithTiles(_few_rows.fn, FEW))
-    monkeypatch.setattr(triton_gemm, "_tiles", _WithTiles(_tiles.fn, tiles))
+    kernels = _WithTiles(_few_rows.fn, FEW), _WithTiles(_tiles.fn, tiles)
+    monkeypatch.setattr(triton_gemm, "_few_rows", kernels[0])
+    monkeypatch.setattr(triton_gemm, "_tiles", kernels[1])
+    monkeypatch.setattr(triton_gemm, "_CHOSEN", {})
     if not HAS_GPU:
         monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
-    found = triton_gemm.launch_gemm(operands, torch.float32)
-    torch.testing.assert_close(found, reference(*operands.flat()), rtol=1e-5, atol=1e-2)
+    for _ in range(2):
+        found = triton_gemm.launch_gemm(operands, torch.float32)
+        torch.testing.assert_close(found, reference(*operands), rtol=1e-5, atol=1e-2)
+    assert [kernel.searches for kernel in kernels] == [int(rows == 3), int(rows == 100)]
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["per-token", "static"])
@@ -163,6 +170,12 @@ def test_kernels_run_on_the_device_of_their_operands(monkeypatch: pytest.MonkeyP
         current[0] = before
 
     class Kernel:
+        best_config = triton.Config({})
+
+        @property
+        def fn(self) -> Kernel:
+            return self
+
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda *_, **__: launched.append(current[0])
 
@@ -171,6 +184,7 @@ def test_kernels_run_on_the_device_of_their_operands(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
     monkeypatch.setattr(triton_gemm, "_few_rows", Kernel())
     monkeypatch.setattr(triton_gemm, "_tiles", Kernel())
+    monkeypatch.setattr(triton_gemm, "_CHOSEN", {})
     with FakeTensorMode():
         for device in ("cuda:0", "cuda:1"):
             make = partial(torch.empty, device=device)
@@ -183,13 +197,15 @@ def test_kernels_run_on_the_device_of_their_operands(monkeypatch: pytest.MonkeyP
 
 
 class _WithTiles:
-    """A kernel that is launched with tiles of given sizes."""
+    """A tuned kernel that finds tiles of given sizes."""
 
     def __init__(self, kernel: Any, sizes: dict[str, int]) -> None:
-        self.kernel, self.sizes = kernel, sizes
+        self.fn, self.best_config = kernel, triton.Config(sizes)
+        self.searches = 0
 
     def __getitem__(self, grid: Any) -> Any:
-        return partial(self.kernel[grid], **self.sizes)
+        self.searches += 1
+        return partial(self.fn[grid], **self.best_config.all_kwargs())
 
 
 def mostly_equal(found: Tensor, expected: Tensor) -> bool:

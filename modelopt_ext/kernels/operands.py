@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Operands:
+class Operands(NamedTuple):
     """The operands of :func:`modelopt_ext.kernels.scaled_mm`, M rows a group, N outputs, K channels.
 
     Attributes:
@@ -42,24 +40,6 @@ class Operands:
     start: int = 0
     size: int = -1
 
-    def flat(self) -> tuple[Any, ...]:
-        """All of them in order, as an operator takes them."""
-        return (
-            self.a,
-            self.b,
-            self.scale_a,
-            self.scale_b,
-            self.bias,
-            self.zero,
-            self.sum_b,
-            self.a2,
-            self.scale_a2,
-            self.sign,
-            self.groups,
-            self.start,
-            self.size,
-        )
-
     @property
     def rows(self) -> int:
         """M."""
@@ -84,8 +64,7 @@ class Operands:
         a, b, scale_a, scale_b = parts(self.a), parts(self.b), parts(self.scale_a), parts(self.scale_b)
         bias, sum_b, a2, scale_a2 = parts(self.bias), parts(self.sum_b), parts(self.a2), parts(self.scale_a2)
         return [
-            replace(
-                self,
+            self._replace(
                 a=a[group],
                 b=b[group],
                 scale_a=scale_a[group],

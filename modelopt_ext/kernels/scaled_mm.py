@@ -82,7 +82,7 @@ def launches_directly() -> bool:
 def _product_of(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     a, b, groups = operands.a, operands.b, operands.groups
     if not a.is_cuda or not _fits_kernels(a, b, operands.size):
-        return reference(*operands.flat()).to(out_dtype)
+        return reference(*operands).to(out_dtype)
     few = operands.rows <= FEW_ROWS and cuda.has_triton()
     if groups > 1 and not (few and (b.shape[0] // groups) % cuda.NARROWEST_TILE == 0):
         return torch.cat([_product_of(part, out_dtype) for part in operands.by_group()], dim=1)

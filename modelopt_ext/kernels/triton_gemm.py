@@ -16,7 +16,6 @@ Loads go through tensor-memory-accelerator descriptors where the GPU has them, e
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -223,16 +222,16 @@ def _tiles(
 
 
 def _few_rows_configs() -> list[triton.Config]:
-    tiles = [(64, 256, 4, 5), (32, 256, 4, 6), (32, 512, 4, 4), (64, 512, 8, 4), (16, 512, 2, 5)]
+    tiles = [(64, 256, 4, 5), (32, 512, 4, 4), (16, 512, 2, 5)]
     return [
         triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages) for n, k, warps, stages in tiles
     ]
 
 
 def _dividing(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """Tiles that lie in one group of columns each."""
+    """Tiles that lie in one group of columns each, the two widest: each that is tried takes a compilation."""
     group, columns = named_args["GROUP_COLUMNS"], named_args["N"]
-    return [config for config in configs if group == columns or group % config.kwargs["BLOCK_N"] == 0]
+    return [config for config in configs if group == columns or group % config.kwargs["BLOCK_N"] == 0][:2]
 
 
 @triton.autotune(
@@ -359,8 +358,7 @@ def launch_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
 
     With more than one group, at most ``FEW_ROWS`` rows a group.
     """
-    operands = replace(
-        operands,
+    operands = operands._replace(
         a=_with_contiguous_rows(operands.a),
         b=_with_contiguous_rows(operands.b),
         a2=None if operands.a2 is None else _with_contiguous_rows(operands.a2),
@@ -403,15 +401,9 @@ def launch_tiles(
         return (min(count * meta["PER_SM"], all_tiles),)
 
     out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
-    kernel[grid](
-        *_arguments(operands, out),
-        triton.next_power_of_2(rows),  # sizes within a factor of two share a choice of tiles
-        PROCESSORS=count,
-        PER_TOKEN=operands.scale_a.numel() > 1,
-        TMA=tma,
-        **_switches(operands),
-        **tiles,
-    )
+    size = triton.next_power_of_2(rows)  # those within a factor of two share a choice of tiles
+    switches = {"PROCESSORS": count, "PER_TOKEN": operands.scale_a.numel() > 1, "TMA": tma, **_switches(operands)}
+    _launch(kernel, grid, (*_arguments(operands, out), size), switches, tiles, (size, tma))
     return out
 
 
@@ -434,14 +426,35 @@ def launch_few_rows(kernel: Any, operands: Operands, out_dtype: torch.dtype, **t
         return triton.cdiv(columns, meta["BLOCK_N"]), triton.cdiv(rows, own)
 
     out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
-    kernel[grid](
-        *_arguments(operands, out),
-        columns // operands.groups,
-        PER_TOKEN=operands.scale_a.numel() > operands.groups,
-        **_switches(operands),
-        **tiles,
-    )
+    group = columns // operands.groups
+    switches = {"PER_TOKEN": operands.scale_a.numel() > operands.groups, **_switches(operands)}
+    _launch(kernel, grid, (*_arguments(operands, out), group), switches, tiles, (group,))
     return out
+
+
+# Tiles by what Triton tunes them for. Its own look-up takes as long as a launch.
+_CHOSEN: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+def _launch(
+    kernel: Any,
+    grid: Any,
+    arguments: tuple[Any, ...],
+    switches: dict[str, Any],
+    tiles: dict[str, int],
+    sizes: tuple[int, ...],
+) -> None:
+    """Launch a kernel: a bare one with given ``tiles``, one that is tuned with those found for such ``sizes``."""
+    if tiles:
+        kernel[grid](*arguments, **switches, **tiles)
+        return
+    b, out = arguments[2], arguments[3]
+    key = (kernel, *b.shape, b.dtype, out.dtype, switches["DUAL"], *sizes)
+    if key in _CHOSEN:
+        kernel.fn[grid](*arguments, **switches, **_CHOSEN[key])
+    else:
+        kernel[grid](*arguments, **switches)
+        _CHOSEN[key] = kernel.best_config.all_kwargs()
 
 
 def _arguments(operands: Operands, out: Tensor) -> tuple[Any, ...]:
