@@ -257,6 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{name}; " + ", ".join(f"{key} {value}" for key, value in versions.items()), flush=True)
     results: dict[str, Any] = {"device": name, "versions": versions}
 
+    def save() -> None:
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
+
     def report(label: str, numbers: Any) -> None:
         results[label] = numbers
         if isinstance(numbers, dict):
@@ -265,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{label}: " + ", ".join(f"{key} {value:.2f}" for key, value in flat.items()), flush=True)
             for line in listed:
                 print(f"    {line}", flush=True)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(results, indent=2) + "\n")
+        save()
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -275,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if not options.skip_products:
         results["products"] = products(device, TINY_SHAPES if options.tiny else SHAPES, say)
         results["rounding"] = rounding(device, options.tiny, say)
+        save()
     for kind in options.models:
         for way in options.ways:
             try:

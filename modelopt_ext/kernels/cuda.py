@@ -126,6 +126,6 @@ def _row_wise(operands: Operands, a: Tensor, scale_a: Tensor, bias: Tensor | Non
 
 def _part(x: Tensor, channels: slice) -> Tensor:
     """Its channels, where they lie, or copied where rows would not start at multiples of 16 bytes."""
-    part = x[:, channels]
+    part = x if channels == slice(0, x.shape[1]) else x[:, channels]
     fits = part.stride(1) == 1 and channels.start % FP8_MULTIPLE == 0 and part.stride(0) % FP8_MULTIPLE == 0
     return part if fits else part.contiguous()
