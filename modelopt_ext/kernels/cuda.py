@@ -1,8 +1,8 @@
 """Fast products of codes on CUDA devices, and what they need.
 
-Int8 codes go to Triton kernels, E4M3 codes to ``torch._scaled_mm`` (few rows: to Triton, too). What a device or a size
-lacks is found out by trying, by the operands or by the compute capability, never by the GPU's name, and falls back to
-the reference, which a log line says once.
+Int8 codes go to Triton kernels, E4M3 codes to ``torch._scaled_mm`` (several groups of few rows: to Triton, too). What a
+device or a size lacks is found out by trying, by the operands or by the compute capability, never by the GPU's name,
+and falls back to the reference, which a log line says once.
 """
 
 from __future__ import annotations
@@ -78,6 +78,16 @@ def multiplies_fp8(device: int) -> bool:
         logger.warning("segquant: no E4M3 products here (%s); using the slow reference product", error)
         return False
     return True
+
+
+@torch.compiler.assume_constant_result  # who compiles can't look into what is cached
+def _fp8_fits_constant(device: int, rows: int, channels: int) -> bool:
+    return fp8_fits(device, rows, channels)
+
+
+def is_torchs(a: Tensor, b: Tensor) -> bool:
+    """Whether ``torch._scaled_mm`` multiplies these codes; a compiler can ask."""
+    return a.is_cuda and a.dtype == torch.float8_e4m3fn and _fp8_fits_constant(a.device.index or 0, *b.shape)
 
 
 def code_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:

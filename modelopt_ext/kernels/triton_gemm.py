@@ -16,6 +16,7 @@ Loads go through tensor-memory-accelerator descriptors where the GPU has them, e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,8 @@ from .scaled_mm import FEW_ROWS
 
 # Rows of the smallest tile that the matrix units take.
 TILE_ROWS = 16
+# The kernels' first arguments are so many tensors.
+TENSORS = 9
 
 
 def _config(sizes: tuple[int, int, int], warps: int, stages: int, per_sm: int) -> triton.Config:
@@ -358,21 +361,18 @@ def launch_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
 
     With more than one group, at most ``FEW_ROWS`` rows a group.
     """
-    operands = operands._replace(
-        a=_with_contiguous_rows(operands.a),
-        b=_with_contiguous_rows(operands.b),
-        a2=None if operands.a2 is None else _with_contiguous_rows(operands.a2),
-    )
+    matrices = {"a": operands.a, "b": operands.b, "a2": operands.a2}
+    strided: dict[str, Any] = {
+        name: x.contiguous() for name, x in matrices.items() if x is not None and x.stride(1) != 1
+    }
+    if strided:
+        operands = operands._replace(**strided)
     if operands.rows == 0:
         return torch.empty(0, operands.b.shape[0], dtype=out_dtype, device=operands.a.device)
     with on_device_of(operands.a):
         if operands.rows <= FEW_ROWS:
             return launch_few_rows(_few_rows, operands, out_dtype)
         return launch_tiles(_tiles, operands, out_dtype, _tma_fits(operands, out_dtype))
-
-
-def _with_contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def launch_tiles(
@@ -396,14 +396,13 @@ def launch_tiles(
         triton.set_allocator(_workspace)
     count = processors or processor_count(operands.a.device)
 
-    def grid(meta: dict[str, int]) -> tuple[int]:
-        all_tiles = triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"])
-        return (min(count * meta["PER_SM"], all_tiles),)
+    def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
+        return (min(count * meta["PER_SM"], _cdiv(rows, meta["BLOCK_M"]) * _cdiv(columns, meta["BLOCK_N"])), 1, 1)
 
     out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
-    size = triton.next_power_of_2(rows)  # those within a factor of two share a choice of tiles
+    size = 1 << (rows - 1).bit_length()  # those within a factor of two share a choice of tiles
     switches = {"PROCESSORS": count, "PER_TOKEN": operands.scale_a.numel() > 1, "TMA": tma, **_switches(operands)}
-    _launch(kernel, grid, (*_arguments(operands, out), size), switches, tiles, (size, tma))
+    _launch(kernel, grid, (*_arguments(operands, out), size), switches, tiles)
     return out
 
 
@@ -422,39 +421,51 @@ def launch_few_rows(kernel: Any, operands: Operands, out_dtype: torch.dtype, **t
     rows, columns = operands.rows, operands.b.shape[0]
     own = TILE_ROWS // 2 if operands.is_dual else TILE_ROWS
 
-    def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(columns, meta["BLOCK_N"]), triton.cdiv(rows, own)
+    def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
+        return _cdiv(columns, meta["BLOCK_N"]), _cdiv(rows, own), 1
 
     out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
-    group = columns // operands.groups
     switches = {"PER_TOKEN": operands.scale_a.numel() > operands.groups, **_switches(operands)}
-    _launch(kernel, grid, (*_arguments(operands, out), group), switches, tiles, (group,))
+    _launch(kernel, grid, (*_arguments(operands, out), columns // operands.groups), switches, tiles)
     return out
 
 
-# Tiles by what Triton tunes them for. Its own look-up takes as long as a launch.
-_CHOSEN: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _cdiv(size: int, part: int) -> int:
+    """Rounded up. Triton's own takes 10 us of the host's time."""
+    return -(-size // part)
+
+
+# Compiled kernels with their grids, by all that Triton specializes them for. Its own look-up, which it repeats at each
+# launch, takes more of the host's time than the smaller products take of the GPU's. Those before 3.3 take a compiled
+# kernel's arguments in another form.
+_COMPILED: dict[tuple[Any, ...], Callable[..., None]] = {}
+_KEEPS_COMPILED = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
 def _launch(
     kernel: Any,
-    grid: Any,
+    grid: Callable[[dict[str, Any]], tuple[int, int, int]],
     arguments: tuple[Any, ...],
     switches: dict[str, Any],
     tiles: dict[str, int],
-    sizes: tuple[int, ...],
 ) -> None:
-    """Launch a kernel: a bare one with given ``tiles``, one that is tuned with those found for such ``sizes``."""
+    """Launch a kernel: the tuned one, or a bare one with given ``tiles``."""
     if tiles:
         kernel[grid](*arguments, **switches, **tiles)
         return
-    b, out = arguments[2], arguments[3]
-    key = (kernel, *b.shape, b.dtype, out.dtype, switches["DUAL"], *sizes)
-    if key in _CHOSEN:
-        kernel.fn[grid](*arguments, **switches, **_CHOSEN[key])
-    else:
-        kernel[grid](*arguments, **switches)
-        _CHOSEN[key] = kernel.best_config.all_kwargs()
+    tensors, numbers = arguments[:TENSORS], arguments[TENSORS:]
+    aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
+    key = (kernel, tensors[0].device, aligned, *[x.dtype for x in tensors], *numbers, *switches.values())
+    launch = _COMPILED.get(key) if aligned else None
+    if launch is not None:
+        launch(*arguments)
+        return
+    compiled = kernel[grid](*arguments, **switches)
+    if aligned and compiled is not None and _KEEPS_COMPILED:  # Triton's interpreter compiles nothing
+        constants = {**switches, **kernel.best_config.kwargs}
+        rest = [constants[name] for name in kernel.arg_names[len(arguments) :]]
+        start = compiled[grid(constants)]
+        _COMPILED[key] = lambda *operands: start(*operands, *rest)
 
 
 def _arguments(operands: Operands, out: Tensor) -> tuple[Any, ...]:
