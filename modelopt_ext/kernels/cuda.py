@@ -1,8 +1,8 @@
 """Fast products of codes on CUDA devices, and what they need.
 
-Int8 codes go to Triton kernels, E4M3 codes to ``torch._scaled_mm`` (several groups of few rows: to Triton, too). What a
-device or a size lacks is found out by trying, by the operands or by the compute capability, never by the GPU's name,
-and falls back to the reference, which a log line says once.
+Int8 codes go to Triton kernels, E4M3 codes to ``torch._scaled_mm`` (few rows: to Triton, too). What a device or a size
+lacks is found out by trying, by the operands or by the compute capability, never by the GPU's name, and falls back to
+the reference, which a log line says once.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def scaled_mm(
     if launches_directly() and not a.is_meta:
         # Operators are for those who look at them. By itself one costs more time than a launch.
         return _product(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype)
-    if a2 is None and groups == 1 and size == a.shape[1] and cuda.is_torchs(a, b):
+    if a2 is None and a.shape[0] > FEW_ROWS and groups == 1 and size == a.shape[1] and cuda.is_torchs(a, b):
         # An operator that the compiler's code calls without Python in between.
         return cuda.fp8_gemm(Operands(a, b, scale_a, scale_b, bias), out_dtype)
     return torch.ops.segquant.scaled_mm(
@@ -92,7 +92,7 @@ def _product_of(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     few = operands.rows <= FEW_ROWS and cuda.has_triton()
     if groups > 1 and not (few and (b.shape[0] // groups) % cuda.NARROWEST_TILE == 0):
         return torch.cat([_product_of(part, out_dtype) for part in operands.by_group()], dim=1)
-    if a.dtype == torch.int8 or (few and (groups > 1 or operands.is_dual)):
+    if a.dtype == torch.int8 or few:
         return cuda.code_gemm(operands, out_dtype)
     return cuda.fp8_gemm(operands, out_dtype)
 
