@@ -94,7 +94,7 @@ def test_scales_of_groups_that_do_not_lie_side_by_side() -> None:
 
 def test_tiles_are_chosen_anew_for_groups_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_few_rows, "cache", {})
-    monkeypatch.setattr(triton_gemm, "_COMPILED", {})
+    monkeypatch.setattr(triton_gemm, "_AGAIN", {})
     monkeypatch.setattr(_few_rows, "cache_results", False)
     monkeypatch.setattr(_few_rows, "_bench", lambda *_, config, **__: [-config.kwargs["BLOCK_N"]])  # the widest wins
     b, scale_b = codes(96, 64, 0), torch.rand(96, device=DEVICE)
@@ -127,7 +127,7 @@ def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: p
     kernels = _WithTiles(_few_rows.fn, FEW), _WithTiles(_tiles.fn, tiles)
     monkeypatch.setattr(triton_gemm, "_few_rows", kernels[0])
     monkeypatch.setattr(triton_gemm, "_tiles", kernels[1])
-    monkeypatch.setattr(triton_gemm, "_COMPILED", {})
+    monkeypatch.setattr(triton_gemm, "_AGAIN", {})
     if not HAS_GPU:
         monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
     for _ in range(2):
@@ -177,6 +177,7 @@ def test_kernels_run_on_the_device_of_their_operands(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
+    monkeypatch.setattr(triton_gemm, "_signature", lambda *_: None)
     monkeypatch.setattr(triton_gemm, "_launch", lambda *_: launched.append(current[0]))
     with FakeTensorMode():
         for device in ("cuda:0", "cuda:1"):

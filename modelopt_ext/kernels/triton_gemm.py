@@ -356,27 +356,55 @@ def _shared_memory(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
+# How to launch compiled kernels again, by all that Triton specializes them for. Its own look-up, which it repeats at
+# each launch, takes more of the host's time than the smaller products take of the GPU's. Versions before 3.3 take a
+# compiled kernel's arguments in another form.
+_AGAIN: dict[tuple[Any, ...], Callable[[Operands], Tensor]] = {}
+_LAUNCHES_AGAIN = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+
+
 def launch_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     """:func:`modelopt_ext.kernels.scaled_mm` on a GPU, (M, N) in ``out_dtype``.
 
     With more than one group, at most ``FEW_ROWS`` rows a group.
     """
-    matrices = {"a": operands.a, "b": operands.b, "a2": operands.a2}
-    strided: dict[str, Any] = {
-        name: x.contiguous() for name, x in matrices.items() if x is not None and x.stride(1) != 1
-    }
-    if strided:
-        operands = operands._replace(**strided)
-    if operands.rows == 0:
-        return torch.empty(0, operands.b.shape[0], dtype=out_dtype, device=operands.a.device)
+    key: Any = _signature(operands, out_dtype)
     with on_device_of(operands.a):
+        again = _AGAIN.get(key)
+        if again is not None:
+            return again(operands)
+        matrices = {"a": operands.a, "b": operands.b, "a2": operands.a2}
+        strided: dict[str, Any] = {
+            name: x.contiguous() for name, x in matrices.items() if x is not None and x.stride(1) != 1
+        }
+        if strided:
+            operands, key = operands._replace(**strided), None
+        if operands.rows == 0:
+            return torch.empty(0, operands.b.shape[0], dtype=out_dtype, device=operands.a.device)
         if operands.rows <= FEW_ROWS:
-            return launch_few_rows(_few_rows, operands, out_dtype)
-        return launch_tiles(_tiles, operands, out_dtype, _tma_fits(operands, out_dtype))
+            return launch_few_rows(_few_rows, operands, out_dtype, key)
+        return launch_tiles(_tiles, operands, out_dtype, _tma_fits(operands, out_dtype), key)
+
+
+def _signature(operands: Operands, out_dtype: torch.dtype) -> tuple[Any, ...]:
+    """What two products have in common that run the same compiled kernel in the same way."""
+    signature: list[Any] = [out_dtype, operands.a.device]
+    for value in operands:
+        if isinstance(value, Tensor):
+            signature += (value.dtype, value.shape, value.stride(), value.data_ptr() % 16)
+        else:
+            signature.append(value)
+    return tuple(signature)
 
 
 def launch_tiles(
-    kernel: Any, operands: Operands, out_dtype: torch.dtype, tma: bool, processors: int | None = None, **tiles: int
+    kernel: Any,
+    operands: Operands,
+    out_dtype: torch.dtype,
+    tma: bool,
+    key: Any = None,
+    processors: int | None = None,
+    **tiles: int,
 ) -> Tensor:
     """Run ``kernel``: the tuned one, or with given ``tiles`` (BLOCK_M, BLOCK_N, ...) the bare one.
 
@@ -385,6 +413,7 @@ def launch_tiles(
         operands: of one group, rows contiguous.
         out_dtype: of the result.
         tma: whether to load through tensor descriptors.
+        key: where to keep how it is launched again.
         processors: multiprocessors to fill; by default the GPU's.
         tiles: sizes of the tiles.
 
@@ -392,8 +421,6 @@ def launch_tiles(
         (M, N) in ``out_dtype``.
     """
     rows, columns = operands.rows, operands.b.shape[0]
-    if tma:
-        triton.set_allocator(_workspace)
     count = processors or processor_count(operands.a.device)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
@@ -402,17 +429,18 @@ def launch_tiles(
     out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
     size = 1 << (rows - 1).bit_length()  # those within a factor of two share a choice of tiles
     switches = {"PROCESSORS": count, "PER_TOKEN": operands.scale_a.numel() > 1, "TMA": tma, **_switches(operands)}
-    _launch(kernel, grid, (*_arguments(operands, out), size), switches, tiles)
+    _launch(kernel, grid, operands, out, size, switches, tiles, key)
     return out
 
 
-def launch_few_rows(kernel: Any, operands: Operands, out_dtype: torch.dtype, **tiles: int) -> Tensor:
+def launch_few_rows(kernel: Any, operands: Operands, out_dtype: torch.dtype, key: Any = None, **tiles: int) -> Tensor:
     """:func:`launch_tiles` for few rows, and for several groups of columns with activations of their own.
 
     Args:
         kernel: ``_few_rows`` or ``_few_rows.fn``.
         operands: rows contiguous.
         out_dtype: of the result.
+        key: where to keep how it is launched again.
         tiles: sizes of the tiles.
 
     Returns:
@@ -426,7 +454,7 @@ def launch_few_rows(kernel: Any, operands: Operands, out_dtype: torch.dtype, **t
 
     out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
     switches = {"PER_TOKEN": operands.scale_a.numel() > operands.groups, **_switches(operands)}
-    _launch(kernel, grid, (*_arguments(operands, out), columns // operands.groups), switches, tiles)
+    _launch(kernel, grid, operands, out, columns // operands.groups, switches, tiles, key)
     return out
 
 
@@ -435,46 +463,55 @@ def _cdiv(size: int, part: int) -> int:
     return -(-size // part)
 
 
-# Compiled kernels with their grids, by all that Triton specializes them for. Its own look-up, which it repeats at each
-# launch, takes more of the host's time than the smaller products take of the GPU's. Those before 3.3 take a compiled
-# kernel's arguments in another form.
-_COMPILED: dict[tuple[Any, ...], Callable[..., None]] = {}
-_KEEPS_COMPILED = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
-
-
 def _launch(
     kernel: Any,
     grid: Callable[[dict[str, Any]], tuple[int, int, int]],
-    arguments: tuple[Any, ...],
+    operands: Operands,
+    out: Tensor,
+    last: int,
     switches: dict[str, Any],
     tiles: dict[str, int],
+    key: Any,
 ) -> None:
-    """Launch a kernel: the tuned one, or a bare one with given ``tiles``."""
-    if tiles:
-        kernel[grid](*arguments, **switches, **tiles)
+    """Launch a kernel, and keep how by a ``key``, if there is one.
+
+    Args:
+        kernel: the tuned one, or a bare one with given ``tiles``.
+        grid: programs, by the tiles.
+        operands: rows contiguous.
+        out: (M, N), written.
+        last: the kernel's last argument that is no compile-time constant.
+        switches: compile-time constants, but for the tiles.
+        tiles: sizes, for a bare kernel.
+        key: of :data:`_AGAIN`, or None.
+    """
+    tma = switches.get("TMA", False)
+    if tma:
+        triton.set_allocator(_workspace)
+    numbers = (*_numbers(operands), last)
+    compiled = kernel[grid](*_tensors(operands, out), *numbers, **switches, **tiles)
+    if key is None or compiled is None or not _LAUNCHES_AGAIN:  # Triton's interpreter compiles nothing
         return
-    tensors, numbers = arguments[:TENSORS], arguments[TENSORS:]
-    aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
-    key = (kernel, tensors[0].device, aligned, *[x.dtype for x in tensors], *numbers, *switches.values())
-    launch = _COMPILED.get(key) if aligned else None
-    if launch is not None:
-        launch(*arguments)
-        return
-    compiled = kernel[grid](*arguments, **switches)
-    if aligned and compiled is not None and _KEEPS_COMPILED:  # Triton's interpreter compiles nothing
-        constants = {**switches, **kernel.best_config.kwargs}
-        rest = [constants[name] for name in kernel.arg_names[len(arguments) :]]
-        start = compiled[grid(constants)]
-        _COMPILED[key] = lambda *operands: start(*operands, *rest)
+    constants = {**switches, **kernel.best_config.kwargs}
+    rest = (*numbers, *[constants[name] for name in kernel.arg_names[TENSORS + len(numbers) :]])
+    start, shape, dtype = compiled[grid(constants)], out.shape, out.dtype
+
+    def again(operands: Operands) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=operands.a.device)
+        if tma:
+            triton.set_allocator(_workspace)
+        start(*_tensors(operands, out), *rest)
+        return out
+
+    _AGAIN[key] = again
 
 
-def _arguments(operands: Operands, out: Tensor) -> tuple[Any, ...]:
-    """What both kernels take by position; absent tensors are replaced by others, which are not read."""
+def _tensors(operands: Operands, out: Tensor) -> tuple[Tensor, ...]:
+    """What both kernels take first; absent tensors are replaced by others, which are not read."""
     a, b = operands.a, operands.b
-    a2 = a if operands.a2 is None else operands.a2
     return (
         a,
-        a2,
+        a if operands.a2 is None else operands.a2,
         b,
         out,
         # Static scales are columns of a table with one for each group and segment.
@@ -483,14 +520,14 @@ def _arguments(operands: Operands, out: Tensor) -> tuple[Any, ...]:
         operands.scale_b.contiguous(),
         operands.scale_b if operands.bias is None else operands.bias,
         b if operands.sum_b is None else operands.sum_b.contiguous(),
-        operands.rows,
-        b.shape[0],
-        operands.channels.stop - operands.start,
-        a.stride(0),
-        a2.stride(0),
-        b.stride(0),
-        operands.start,
     )
+
+
+def _numbers(operands: Operands) -> tuple[int, ...]:
+    """What they take next."""
+    a, b, a2 = operands.a, operands.b, operands.a if operands.a2 is None else operands.a2
+    size = operands.channels.stop - operands.start
+    return operands.rows, b.shape[0], size, a.stride(0), a2.stride(0), b.stride(0), operands.start
 
 
 def _switches(operands: Operands) -> dict[str, Any]:
