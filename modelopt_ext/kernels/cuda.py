@@ -80,14 +80,25 @@ def multiplies_fp8(device: int) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # who compiles can't look into what is cached
-def _fp8_fits_constant(device: int, rows: int, channels: int) -> bool:
+# Who compiles can't look into what is cached, but may take it as it is.
+@torch.compiler.assume_constant_result
+def _multiplies_int8_here(device: int) -> bool:
+    return multiplies_int8(device)
+
+
+@torch.compiler.assume_constant_result
+def _fp8_fits_here(device: int, rows: int, channels: int) -> bool:
     return fp8_fits(device, rows, channels)
 
 
-def is_torchs(a: Tensor, b: Tensor) -> bool:
-    """Whether ``torch._scaled_mm`` multiplies these codes; a compiler can ask."""
-    return a.is_cuda and a.dtype == torch.float8_e4m3fn and _fp8_fits_constant(a.device.index or 0, *b.shape)
+def compiles_int8(a: Tensor) -> bool:
+    """Whether a compiler may launch the Triton kernel of int8 codes ``a`` on a GPU; registers its operator."""
+    return _multiplies_int8_here(a.device.index or 0)
+
+
+def compiles_fp8(a: Tensor, b: Tensor) -> bool:
+    """Whether a compiler may call ``torch._scaled_mm`` for E4M3 codes on a GPU."""
+    return _fp8_fits_here(a.device.index or 0, *b.shape)
 
 
 def code_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:

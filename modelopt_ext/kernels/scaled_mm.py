@@ -1,9 +1,8 @@
 """The product of two matrices of 8-bit codes, scaled on the way out: :func:`scaled_mm`.
 
 :func:`reference` runs on every device and defines the numbers; :mod:`.cuda` has fast products for GPUs. Who traces or
-compiles sees one node with a schema, the operator ``segquant::scaled_mm``, and not what is chosen behind it: compiling
-a model takes as long as it has nodes, and a compiler that saw a Triton kernel would analyse it anew at each of its
-hundreds of launches.
+compiles sees one node with a schema, the operator ``segquant::scaled_mm``, and not what is chosen behind it, but for
+products of many rows on a GPU.
 """
 
 from __future__ import annotations
@@ -70,12 +69,15 @@ def scaled_mm(
     if launches_directly() and not a.is_meta:
         # Operators are for those who look at them. By itself one costs more time than a launch.
         return _product(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype)
-    if a2 is None and a.shape[0] > FEW_ROWS and groups == 1 and size == a.shape[1] and cuda.is_torchs(a, b):
-        # An operator that the compiler's code calls without Python in between.
-        return cuda.fp8_gemm(Operands(a, b, scale_a, scale_b, bias), out_dtype)
-    return torch.ops.segquant.scaled_mm(
-        a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype
-    )
+    operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
+    if groups == 1 and a.is_cuda and a.shape[0] > FEW_ROWS:
+        # Most of a step's launches. Those that the compiler's code makes by itself cost the host less than an operator
+        # in Python does.
+        if a.dtype == torch.int8 and cuda.compiles_int8(a):
+            return torch.ops.segquant.code_gemm(*operands, out_dtype)
+        if a.dtype != torch.int8 and a2 is None and size == a.shape[1] and cuda.compiles_fp8(a, b):
+            return cuda.fp8_gemm(operands, out_dtype)
+    return torch.ops.segquant.scaled_mm(*operands, out_dtype)
 
 
 def launches_directly() -> bool:

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from .cuda import on_device_of
 from .operands import Operands
@@ -328,7 +329,7 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
 def _tma_fits(operands: Operands, out_dtype: torch.dtype) -> bool:
     """Tensor descriptors need 16-byte aligned rows, and a GPU that has them and room for their tiles."""
     matrices = [x for x in (operands.a, operands.b, operands.a2) if x is not None]
-    # Allocations are aligned.
+    # Allocations are aligned; pointers are not looked at, so that this can be traced.
     aligned = all(x.storage_offset() % 16 == 0 and x.stride(0) % 16 == 0 for x in matrices)
     out_row = operands.b.shape[0] * out_dtype.itemsize
     if not aligned or operands.start % 16 or out_row % 16 or not _properties(operands.a.device)[0]:
@@ -386,6 +387,28 @@ def launch_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
         return launch_tiles(_tiles, operands, out_dtype, _tma_fits(operands, out_dtype), key)
 
 
+@torch.library.triton_op("segquant::code_gemm", mutates_args={})
+def code_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    zero: int,
+    sum_b: Tensor | None,
+    a2: Tensor | None,
+    scale_a2: Tensor | None,
+    sign: int,
+    groups: int,
+    start: int,
+    size: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """:func:`launch_gemm` of many rows and one group; ``torch.compile`` sees the kernel itself."""
+    operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
+    return launch_tiles(wrap_triton(_tiles), operands, out_dtype, _tma_fits(operands, out_dtype))
+
+
 def _signature(operands: Operands, out_dtype: torch.dtype) -> tuple[Any, ...]:
     """What two products have in common that run the same compiled kernel in the same way."""
     signature: list[Any] = [out_dtype, operands.a.device]
@@ -427,7 +450,7 @@ def launch_tiles(
         return (min(count * meta["PER_SM"], _cdiv(rows, meta["BLOCK_M"]) * _cdiv(columns, meta["BLOCK_N"])), 1, 1)
 
     out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
-    size = 1 << (rows - 1).bit_length()  # those within a factor of two share a choice of tiles
+    size = triton.next_power_of_2(rows)  # those within a factor of two share a choice of tiles
     switches = {"PROCESSORS": count, "PER_TOKEN": operands.scale_a.numel() > 1, "TMA": tma, **_switches(operands)}
     _launch(kernel, grid, operands, out, size, switches, tiles, key)
     return out
@@ -511,7 +534,8 @@ def _tensors(operands: Operands, out: Tensor) -> tuple[Tensor, ...]:
     a, b = operands.a, operands.b
     return (
         a,
-        a if operands.a2 is None else operands.a2,
+        # Not a itself: a compiler would write it twice.
+        b if operands.a2 is None else operands.a2,
         b,
         out,
         # Static scales are columns of a table with one for each group and segment.
@@ -525,7 +549,7 @@ def _tensors(operands: Operands, out: Tensor) -> tuple[Tensor, ...]:
 
 def _numbers(operands: Operands) -> tuple[int, ...]:
     """What they take next."""
-    a, b, a2 = operands.a, operands.b, operands.a if operands.a2 is None else operands.a2
+    a, b, a2 = operands.a, operands.b, operands.b if operands.a2 is None else operands.a2
     size = operands.channels.stop - operands.start
     return operands.rows, b.shape[0], size, a.stride(0), a2.stride(0), b.stride(0), operands.start
 

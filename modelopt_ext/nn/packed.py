@@ -341,6 +341,10 @@ class PackedLinear(nn.Linear):
             weight, scales = weight[rows], scales[rows]
             bias, sums = None if bias is None else bias[rows], None if sums is None else sums[rows]
         activations = self._quantize(x, groups)
+        codes = activations.codes
+        if len(layout.in_segments) > 1 and torch.compiler.is_compiling():
+            # Of a given layout: the compiler would compute codes anew for every product that asks for one.
+            codes = codes.as_strided(codes.shape, codes.stride())
         last = len(layout.in_segments) - 1
         part_dtype = dtype if last == 0 else self._sum_dtype(x, dtype)
         total = None
@@ -349,7 +353,7 @@ class PackedLinear(nn.Linear):
             unsigned = layout.polarity[segment] == "dual8"
             offset = offset_of(self._format) if unsigned else 0
             product = scaled_mm(
-                activations.codes,
+                codes,
                 weight,
                 activations.scales[segment],
                 scales[:, segment],
