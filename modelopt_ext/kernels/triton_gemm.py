@@ -374,17 +374,23 @@ def launch_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
         again = _AGAIN.get(key)
         if again is not None:
             return again(operands)
-        matrices = {"a": operands.a, "b": operands.b, "a2": operands.a2}
-        strided: dict[str, Any] = {
-            name: x.contiguous() for name, x in matrices.items() if x is not None and x.stride(1) != 1
-        }
-        if strided:
-            operands, key = operands._replace(**strided), None
         if operands.rows == 0:
             return torch.empty(0, operands.b.shape[0], dtype=out_dtype, device=operands.a.device)
+        given, operands = operands, _with_contiguous_rows(operands)
+        if operands is not given:
+            key = None  # says nothing about the copies
         if operands.rows <= FEW_ROWS:
             return launch_few_rows(_few_rows, operands, out_dtype, key)
         return launch_tiles(_tiles, operands, out_dtype, _tma_fits(operands, out_dtype), key)
+
+
+def _with_contiguous_rows(operands: Operands) -> Operands:
+    """The same, copied where rows are not; codes have the strides of the activations that they are of."""
+    matrices = {"a": operands.a, "b": operands.b, "a2": operands.a2}
+    copies: dict[str, Any] = {
+        name: x.contiguous() for name, x in matrices.items() if x is not None and x.stride(1) != 1
+    }
+    return operands._replace(**copies) if copies else operands
 
 
 @torch.library.triton_op("segquant::code_gemm", mutates_args={})
@@ -406,6 +412,7 @@ def code_gemm(
 ) -> Tensor:
     """:func:`launch_gemm` of many rows and one group; ``torch.compile`` sees the kernel itself."""
     operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
+    operands = _with_contiguous_rows(operands)
     return launch_tiles(wrap_triton(_tiles), operands, out_dtype, _tma_fits(operands, out_dtype))
 
 
