@@ -342,7 +342,7 @@ class PackedLinear(nn.Linear):
             bias, sums = None if bias is None else bias[rows], None if sums is None else sums[rows]
         activations = self._quantize(x, groups)
         codes = activations.codes
-        if len(layout.in_segments) > 1 and torch.compiler.is_compiling():
+        if len(layout.in_segments) > 1 and codes.is_cuda and torch.compiler.is_dynamo_compiling():
             # Of a given layout: the compiler would compute codes anew for every product that asks for one.
             codes = codes.as_strided(codes.shape, codes.stride())
         last = len(layout.in_segments) - 1
