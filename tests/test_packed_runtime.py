@@ -6,6 +6,7 @@ import copy
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -215,6 +216,7 @@ def test_a_compiler_gets_through_what_runs_on_a_gpu(
         triton_gemm = pytest.importorskip("modelopt_ext.kernels.triton_gemm", reason="Triton is not installed")
         monkeypatch.setattr(triton_gemm, "_properties", lambda _: (True, 3))
         monkeypatch.setattr(triton_gemm, "_shared_memory", lambda _: 227 * 1024)
+        monkeypatch.setattr(triton_gemm, "on_device_of", lambda _: nullcontext())
     layout = SegLayout(segments, groups, groups, (polarity,) * len(segments))
     spec = PackedSpec(layout, codes, activations=codes, per_token=per_token, smoothing=True, shift=True)
     called: list[str] = []

@@ -130,11 +130,18 @@ def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: p
     monkeypatch.setattr(triton_gemm, "_AGAIN", {})
     if not HAS_GPU:
         monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
-    for _ in range(2):
-        found = triton_gemm.launch_gemm(operands, torch.float32)
+    for codes_of_a in (operands.a, a, a):
+        found = triton_gemm.launch_gemm(operands._replace(a=codes_of_a), torch.float32)
         torch.testing.assert_close(found, reference(*operands), rtol=1e-5, atol=1e-2)
-    searches = 1 if HAS_GPU else 2  # Triton's interpreter leaves nothing to launch again
+    # What was copied to be launched is not kept, and Triton's interpreter leaves nothing to launch again.
+    searches = 2 if HAS_GPU else 3
     assert [kernel.searches for kernel in kernels] == [searches * (rows == 3), searches * (rows == 100)]
+
+
+def test_who_compiles_cannot_launch_what_does_not_fit() -> None:
+    a, b, one, scale_b = codes(100, 48, 0), codes(32, 64, 1), torch.ones(1, 1), torch.ones(32)
+    with pytest.raises(ValueError, match="48 channels do not go with a weight of 64"):
+        torch.ops.segquant.code_gemm(*Operands(a, b, one, scale_b), torch.bfloat16)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["per-token", "static"])

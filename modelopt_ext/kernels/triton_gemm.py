@@ -28,7 +28,7 @@ from torch.library import wrap_triton
 
 from .cuda import on_device_of
 from .operands import Operands
-from .scaled_mm import FEW_ROWS
+from .scaled_mm import FEW_ROWS, check
 
 # Rows of the smallest tile that the matrix units take.
 TILE_ROWS = 16
@@ -412,8 +412,10 @@ def code_gemm(
 ) -> Tensor:
     """:func:`launch_gemm` of many rows and one group; ``torch.compile`` sees the kernel itself."""
     operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
+    check(operands)
     operands = _with_contiguous_rows(operands)
-    return launch_tiles(wrap_triton(_tiles), operands, out_dtype, _tma_fits(operands, out_dtype))
+    with on_device_of(a):
+        return launch_tiles(wrap_triton(_tiles), operands, out_dtype, _tma_fits(operands, out_dtype))
 
 
 def _signature(operands: Operands, out_dtype: torch.dtype) -> tuple[Any, ...]:
