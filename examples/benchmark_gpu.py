@@ -48,7 +48,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "w4a8": linear_only({"num_bits": 4, "axis": 0}, {"num_bits": 8, **PER_TOKEN}, **NO_SEARCH),
 }
 PEERS = ("torchao-int8", "torchao-fp8", "modelopt-fp8")
-WAYS = ("bf16", *CONFIGS, *PEERS)
+# In full precision as others compile it, and with the options that ours are compiled with.
+WAYS = ("bf16", "bf16-options", *CONFIGS, *PEERS)
 
 
 def loop_over(data: Sequence[Call]) -> Callable[[nn.Module], None]:
@@ -97,16 +98,17 @@ def prepare(way: str, model: nn.Module, data: Sequence[Call]) -> nn.Module:
     return model
 
 
-def compiled(model: Any, how: str) -> Any:
+def compiled(model: Any, how: str, way: str) -> Any:
     """The model compiled ``"whole"``, or block by block (``"blocks"``): one compilation for all blocks of a kind."""
+    options = modelopt_ext.compile_options() if way in CONFIGS or way == "bf16-options" else None
     if how == "whole":
-        return torch.compile(model, fullgraph=True, dynamic=False)
+        return torch.compile(model, fullgraph=True, dynamic=False, options=options)
     # As diffusers' compile_repeated_blocks() does, for classes that do not name their repeated blocks, too.
     lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
     names = getattr(model, "_repeated_blocks", None) or {type(block).__name__ for blocks in lists for block in blocks}
     for module in model.modules():
         if type(module).__name__ in names:
-            module.compile(fullgraph=True, dynamic=False)
+            module.compile(fullgraph=True, dynamic=False, options=options)
     return model
 
 
@@ -178,7 +180,7 @@ def measure_way(
         if how == "eager" and options.skip_eager:
             continue
         torch._dynamo.reset()
-        run = eager if how == "eager" else compiled(model, how)
+        run = eager if how == "eager" else compiled(model, how, way)
         for batch in options.batches:
             call = denoiser.call(model, batch, options.tiny, 2)
             numbers: dict[str, Any] = dict(model_step(run, call, device))
@@ -212,7 +214,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         raise ValueError("no compiled step was measured: leave out --skip-models, or name ways and models")
     figure, axes = pyplot.subplots(1, len(steps), figsize=(1.2 + 3.2 * len(steps), 3.6), layout="constrained")
     for axis, (title, bars) in zip([axes] if len(steps) == 1 else axes, steps.items(), strict=True):
-        colours = ["#9aa0a6" if way == "bf16" else "#f29900" if way in PEERS else "#1a73e8" for way in bars]
+        colours = ["#9aa0a6" if way.startswith("bf16") else "#f29900" if way in PEERS else "#1a73e8" for way in bars]
         drawn = axis.barh(list(bars), list(bars.values()), color=colours)
         base = bars.get("bf16")
         labels = [f"{ms:.0f}" + (f" ({base / ms:.2f}x)" if base else "") for ms in bars.values()]

@@ -16,6 +16,7 @@ import modelopt.torch.quantization.config as mtq_config
 
 from . import presets
 from .calibrate.convolutions import with_convolutions
+from .compilation import compile_options
 from .compress import compress
 from .config import SegQuantCalibConfig
 from .kernels.modelopt_gemm import register as _register_int8_products
@@ -38,6 +39,7 @@ __all__ = [
     "SegLinear",
     "SegQuantCalibConfig",
     "SegmentPlan",
+    "compile_options",
     "compress",
     "plan_of",
     "with_convolutions",
