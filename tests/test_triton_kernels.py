@@ -24,7 +24,7 @@ from modelopt_ext.kernels import rounding, triton_gemm, triton_rounding
 from modelopt_ext.kernels.operands import Operands
 from modelopt_ext.kernels.scaled_mm import reference, scaled_mm
 from modelopt_ext.kernels.triton_gemm import _few_rows, _tiles, launch_few_rows, launch_tiles
-from modelopt_ext.kernels.triton_rounding import POLARITIES, _unwrapped, launch
+from modelopt_ext.kernels.triton_rounding import MOST_KEPT, POLARITIES, _per_token_blocks, _unwrapped, launch
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -219,9 +219,9 @@ def mostly_equal(found: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("fmt", [QuantFormat(8), QuantFormat(4), QuantFormat((4, 3))], ids=["int8", "int4", "fp8"])
 @pytest.mark.parametrize("static", [False, True], ids=["per-token", "static"])
 @pytest.mark.parametrize("polarity", [("none", "none"), ("none", "dual"), ("dual8", "dual8")], ids="-".join)
-@pytest.mark.parametrize("block", [(4, 32, 4), (2, 128, 4)], ids=["several-blocks", "one-block"])
+@pytest.mark.parametrize("fits", [False, True], ids=["several-blocks", "one-block"])
 def test_activations_are_rounded_to_the_references_codes(
-    block: tuple[int, int, int],
+    fits: bool,
     polarity: tuple[str, str],
     static: bool,
     fmt: QuantFormat,
@@ -230,7 +230,7 @@ def test_activations_are_rounded_to_the_references_codes(
     if fmt.num_bits == (4, 3) and ("dual8" in polarity or not HAS_GPU):
         pytest.skip("dual8 is for integers, and the interpreter rounds floats to E4M3 in its own way")
     monkeypatch.setattr(triton_rounding, "KEPT_AT_ONCE", 0)  # few programs, so that each has several rows
-    monkeypatch.setattr(triton_rounding, "processor_count", lambda _: 1)
+    monkeypatch.setattr(triton_rounding, "processor_count", lambda _: 2)
     torch.manual_seed(0)
     segments, groups, rows = (40, 72), 2, 9
     x = 3 * torch.randn(rows, sum(segments), device=DEVICE)
@@ -242,7 +242,7 @@ def test_activations_are_rounded_to_the_references_codes(
     expected = rounding.reference(x, fmt, segments, polarity, *arguments)
     low, high = (fmt.min_code, fmt.max_code) if fmt.is_integer else (-448.0, 448.0)
     signs = [POLARITIES.index(sign) for sign in polarity]
-    block = (4, 32, 4)
+    block = {True: {True: (2, 128, 4), False: (4, 32, 4)}, False: {True: (64, 32, 4), False: (16, 8, 4)}}[static][fits]
     found = launch(_unwrapped, x, *arguments, segments, signs, fmt.max_code, low, high, rounding.offset_of(fmt), block)
     assert mostly_equal(found[0], expected.codes)
     for segment, sign in enumerate(polarity):
@@ -255,6 +255,16 @@ def test_activations_are_rounded_to_the_references_codes(
             if not static and expected.negative_scales is not None:
                 below = expected.negative_scales[segment].flatten()
                 torch.testing.assert_close(found[3][segment], below, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 320, 2432, 3072, 4096, 9728, 12288, 16384, 20000])
+def test_rows_are_kept_in_two_blocks(size: int) -> None:
+    first, second, warps = _per_token_blocks(size, 1024)
+    assert second in (first, first // 2)
+    assert first + second <= MOST_KEPT
+    assert first + second >= min(size, MOST_KEPT)
+    assert size > (first + second) * 2 // 3 or size <= 4
+    assert all(number & (number - 1) == 0 for number in (first, second, warps))
 
 
 @pytest.mark.gpu

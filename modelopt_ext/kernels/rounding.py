@@ -148,17 +148,23 @@ def encoded(z: Tensor, scale: Tensor, spread: Callable[[Tensor], Tensor], fmt: Q
     """
     codes = z * spread(scale.reciprocal()) if z.is_cuda else z / spread(scale)
     if not fmt.is_integer:
-        # One comparison less than with a bound on each side; NaN stays NaN.
-        return codes.abs().clamp(max=E4M3_MAX).copysign(codes).to(torch.float8_e4m3fn)
-    codes = codes.clamp(fmt.min_code, fmt.max_code)
+        # One comparison less than with a bound on each side, and NaN stays NaN without another one.
+        size = codes.abs()
+        size = torch.where(size > E4M3_MAX, E4M3_MAX, size) if z.is_cuda else size.clamp(max=E4M3_MAX)
+        return size.copysign(codes).to(torch.float8_e4m3fn)
     if not z.is_cuda:
-        return (codes.round() - offset).to(torch.int8)
-    return nearest(codes, offset)
+        return (codes.clamp(fmt.min_code, fmt.max_code).round() - offset).to(torch.int8)
+    return nearest(codes, int(fmt.min_code), int(fmt.max_code), offset)
 
 
-def nearest(codes: Tensor, offset: int) -> Tensor:
-    """The nearest integers, ties to even, less ``offset``: int8. ``codes`` are float32 below 2^22."""
-    return ((codes + _INTEGERS_ONLY).view(torch.int32) - (_BITS_OF_ZERO + offset)).to(torch.int8)
+def nearest(codes: Tensor, low: int, high: int, offset: int) -> Tensor:
+    """The nearest integers to float32, ties to even, from ``low`` to ``high``, less ``offset``: int8.
+
+    Bit patterns past the range of integers are on the right side of it, those of infinities, too: what bounds them are
+    comparisons of integers, which have no NaN to look after.
+    """
+    bits = (codes + _INTEGERS_ONLY).view(torch.int32).clamp(_BITS_OF_ZERO + low, _BITS_OF_ZERO + high)
+    return (bits - (_BITS_OF_ZERO + offset)).to(torch.int8)
 
 
 def _step(values: Tensor, fmt: QuantFormat, static: Tensor | None, segment: int) -> Tensor:

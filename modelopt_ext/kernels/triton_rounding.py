@@ -29,16 +29,15 @@ from .triton_gemm import processor_count
 POLARITIES = ("none", "dual", "dual8")
 # Rows, channels and warps of a program with static scales.
 STATIC_BLOCK = (8, 1024, 2)
-# With scales per token: channels that a program keeps, at most; channels a warp; warps, at most.
-MOST_KEPT, KEPT_BY_WARP, MOST_WARPS = 16384, 512, 16
+# With scales per token: channels that a program keeps, and channels a warp, at most.
+MOST_KEPT, KEPT_BY_WARP = 16384, 2048
 # Channels of all such programs on a multiprocessor, where they keep shift and smoothing, too.
 KEPT_AT_ONCE = 12288
 
 
 @triton.jit
-def _store(places, z, inverse, inside, LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr, FP8: tl.constexpr):
-    """Codes of z times the inverse of the scale: to the nearest, ties to even."""
-    q = tl.minimum(tl.maximum(z * inverse, LOW), HIGH)
+def _store(places, q, inside, OFFSET: tl.constexpr, FP8: tl.constexpr):
+    """Codes of values in units of the scale: to the nearest, ties to even."""
     if not FP8:
         # Adding 1.5 * 2^23 leaves no bits for a fraction, and a bit pattern that counts in ones.
         q = (q + 12582912.0).to(tl.int32, bitcast=True) - (0x4B400000 + OFFSET)
@@ -59,16 +58,23 @@ def _store_both(
     OFFSET: tl.constexpr,
     FP8: tl.constexpr,
     POLARITY: tl.constexpr,
+    FOUND: tl.constexpr,
 ):
-    """Codes of z, or those of its positive and negative values."""
+    """Codes of z, or those of its positive and negative values; scales that were FOUND in z leave none too large."""
+    q = z * inverse
     if POLARITY == 0:
-        _store(codes_ptr + place, z, inverse, inside, LOW, HIGH, OFFSET, FP8)
+        if not FOUND:
+            q = tl.minimum(tl.maximum(q, LOW), HIGH)
     else:
-        below = tl.minimum(z, 0.0)
-        if POLARITY == 2:
-            below = -below
-        _store(codes_ptr + place, tl.maximum(z, 0.0), inverse, inside, LOW, HIGH, OFFSET, FP8)
-        _store(codes2_ptr + place, below, inverse2, inside, LOW, HIGH, OFFSET, FP8)
+        # Scales are positive. A minimum or maximum takes as long as two multiplications.
+        q2 = (-z if POLARITY == 2 else z) * inverse2
+        q = tl.maximum(q, 0.0)
+        q2 = tl.maximum(q2, 0.0) if POLARITY == 2 else tl.minimum(q2, 0.0)
+        if not FOUND:
+            q = tl.minimum(q, HIGH)
+            q2 = tl.minimum(q2, HIGH) if POLARITY == 2 else tl.maximum(q2, LOW)
+        _store(codes2_ptr + place, q2, inside, OFFSET, FP8)
+    _store(codes_ptr + place, q, inside, OFFSET, FP8)
 
 
 @triton.jit
@@ -85,6 +91,11 @@ def _smoothed(x, shift, factor, HAS_SHIFT: tl.constexpr, HAS_SMOOTHING: tl.const
     if HAS_SMOOTHING:
         z = z * factor
     return z
+
+
+@triton.jit
+def _highest(z, POLARITY: tl.constexpr):
+    return tl.max(tl.abs(z) if POLARITY == 0 else z, axis=0)
 
 
 @triton.jit
@@ -138,7 +149,7 @@ def _quantize_static(
         x = tl.load(x_ptr + row.to(tl.int64) * stride_x + START + k, mask=inside, other=0.0)
         z = _smoothed(x, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
         place = (group * M + row).to(tl.int64) * K + START + k
-        _store_both(codes_ptr, codes2_ptr, place, z, inverse, inverse2, inside, LOW, HIGH, OFFSET, FP8, POLARITY)
+        _store_both(codes_ptr, codes2_ptr, place, z, inverse, inverse2, inside, LOW, HIGH, OFFSET, FP8, POLARITY, False)
 
 
 @triton.jit
@@ -167,50 +178,77 @@ def _quantize_per_token(
     HAS_SHIFT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK2: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Scales (T, G M) and codes by them; a program has every PROGRAMS-th row of a group."""
+    """Scales (T, G M) and codes by them; a program has every PROGRAMS-th row of a group, in two blocks of channels."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(2)
     x_ptr += START
     shift_ptr += START
     inverse_ptr += group * K + START
     k = tl.arange(0, BLOCK)
+    k2 = BLOCK + tl.arange(0, BLOCK2)
     inside = k < SIZE
+    inside2 = k2 < SIZE
     shift = _of_channels(shift_ptr, k, inside, HAS_SHIFT)
+    shift2 = _of_channels(shift_ptr, k2, inside2, HAS_SHIFT)
     factor = _of_channels(inverse_ptr, k, inside, HAS_SMOOTHING)
+    factor2 = _of_channels(inverse_ptr, k2, inside2, HAS_SMOOTHING)
     x = tl.load(x_ptr + row * stride_x + k, mask=inside, other=0.0)
+    x2 = tl.load(x_ptr + row * stride_x + k2, mask=inside2, other=0.0)
     while row < M:
         following = row + PROGRAMS
         x_following = tl.load(x_ptr + following * stride_x + k, mask=inside & (following < M), other=0.0)
+        x2_following = tl.load(x_ptr + following * stride_x + k2, mask=inside2 & (following < M), other=0.0)
         z = _smoothed(x, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
-        largest = tl.abs(z) if POLARITY == 0 else z
-        largest2 = -z
-        for block in range(1, BLOCKS):
-            channel = block * BLOCK + k
+        z2 = _smoothed(x2, shift2, factor2, HAS_SHIFT, HAS_SMOOTHING)
+        highest = tl.maximum(_highest(z, POLARITY), _highest(z2, POLARITY))
+        lowest = tl.minimum(tl.min(z, axis=0), tl.min(z2, axis=0)) if POLARITY != 0 else 0.0
+        for block in range(BLOCKS):
+            channel = BLOCK + BLOCK2 + block * BLOCK + k
             within = channel < SIZE
             more = _more(x_ptr + row * stride_x, shift_ptr, inverse_ptr, channel, within, HAS_SHIFT, HAS_SMOOTHING)
-            largest = tl.maximum(largest, tl.abs(more) if POLARITY == 0 else more)
-            largest2 = tl.maximum(largest2, -more)
-        scale = tl.math.div_rn(tl.maximum(tl.max(largest, axis=0), SMALLEST), LARGEST_CODE)
+            highest = tl.maximum(highest, _highest(more, POLARITY))
+            lowest = tl.minimum(lowest, tl.min(more, axis=0)) if POLARITY != 0 else 0.0
+        scale = tl.math.div_rn(tl.maximum(highest, SMALLEST), LARGEST_CODE)
         scale2 = scale
         out_row = group * M + row
         found = SEGMENT * tl.num_programs(2) * M + out_row
         tl.store(scales_ptr + found, scale)
         if POLARITY != 0:
-            scale2 = tl.math.div_rn(tl.maximum(tl.max(largest2, axis=0), SMALLEST), LARGEST_CODE)
+            scale2 = tl.math.div_rn(tl.maximum(-lowest, SMALLEST), LARGEST_CODE)
             tl.store(scales2_ptr + found, scale2)
         inverse = 1.0 / scale
         inverse2 = 1.0 / scale2
-        place = out_row * K + START + k
-        _store_both(codes_ptr, codes2_ptr, place, z, inverse, inverse2, inside, LOW, HIGH, OFFSET, FP8, POLARITY)
-        for block in range(1, BLOCKS):
-            channel = block * BLOCK + k
+        place = out_row * K + START
+        _store_both(
+            codes_ptr, codes2_ptr, place + k, z, inverse, inverse2, inside, LOW, HIGH, OFFSET, FP8, POLARITY, True
+        )
+        _store_both(
+            codes_ptr, codes2_ptr, place + k2, z2, inverse, inverse2, inside2, LOW, HIGH, OFFSET, FP8, POLARITY, True
+        )
+        for block in range(BLOCKS):
+            channel = BLOCK + BLOCK2 + block * BLOCK + k
             within = channel < SIZE
             more = _more(x_ptr + row * stride_x, shift_ptr, inverse_ptr, channel, within, HAS_SHIFT, HAS_SMOOTHING)
-            place = out_row * K + START + channel
-            _store_both(codes_ptr, codes2_ptr, place, more, inverse, inverse2, within, LOW, HIGH, OFFSET, FP8, POLARITY)
+            _store_both(
+                codes_ptr,
+                codes2_ptr,
+                place + channel,
+                more,
+                inverse,
+                inverse2,
+                within,
+                LOW,
+                HIGH,
+                OFFSET,
+                FP8,
+                POLARITY,
+                True,
+            )
         x = x_following
+        x2 = x2_following
         row = following
 
 
@@ -279,7 +317,8 @@ def launch(
         low: the smallest signed code.
         high: the largest.
         offset: what unsigned codes are held less of.
-        block: rows (for static scales), most channels and warps of a program; by default what is fast.
+        block: with static scales, rows, most channels and warps of a program; with scales per token, channels of a
+            row's first and second block and warps. By default what is fast.
     """
     (rows, channels), groups = x.shape, 1 if inverse_smoothing is None else inverse_smoothing.shape[0]
     fp8, split, per_token = high == E4M3_MAX, any(polarity), scale is None
@@ -294,9 +333,6 @@ def launch(
     ends = list(accumulate(segments))
     with on_device_of(x):
         for segment, (size, sign) in enumerate(zip(segments, polarity, strict=True)):
-            together, most_channels, warps = block or (_per_token_block(size) if per_token else STATIC_BLOCK)
-            width = min(triton.next_power_of_2(size), most_channels)
-            blocks = triton.cdiv(size, width)
             unsigned = POLARITIES[sign] == "dual8"
             top = 2.0 * high + 1 if unsigned else high
             shared = {
@@ -307,15 +343,17 @@ def launch(
                 "POLARITY": sign,
                 "HAS_SHIFT": shift is not None,
                 "HAS_SMOOTHING": inverse_smoothing is not None,
-                "BLOCK": width,
-                "num_warps": warps,
             }
             # Absent tensors are replaced by others, which are not read.
             of_channels = x if shift is None else shift, x if inverse_smoothing is None else inverse_smoothing
             sizes = rows, channels, x.stride(0), ends[segment] - size, size, segment
             if scale is None:
                 keeps = shift is not None or inverse_smoothing is not None
-                programs = min(rows, processor_count(x.device) * max(2, KEPT_AT_ONCE // width)) if keeps else rows
+                # By measurement. Both signs at once leave no registers for more warps.
+                by_warp = KEPT_BY_WARP // 2 if keeps and not sign else KEPT_BY_WARP
+                width, width2, warps = block or _per_token_blocks(size, by_warp)
+                kept = width + width2
+                programs = min(rows, processor_count(x.device) * max(1, KEPT_AT_ONCE // kept)) if keeps else rows
                 wrap(_quantize_per_token)[(programs, 1, groups)](
                     x,
                     *of_channels,
@@ -327,11 +365,16 @@ def launch(
                     programs,
                     SMALLEST=SMALLEST_AMAX,
                     LARGEST_CODE=top if unsigned else largest_code,
-                    BLOCKS=blocks,
+                    BLOCK=width,
+                    BLOCK2=width2,
+                    BLOCKS=triton.cdiv(max(size - kept, 0), width),
+                    num_warps=warps,
                     **shared,
                 )
             else:
-                wrap(_quantize_static)[(triton.cdiv(rows, together), blocks, groups)](
+                together, most_channels, warps = block or STATIC_BLOCK
+                width = min(triton.next_power_of_2(size), most_channels)
+                wrap(_quantize_static)[(triton.cdiv(rows, together), triton.cdiv(size, width), groups)](
                     x,
                     *of_channels,
                     scale.contiguous(),
@@ -341,6 +384,8 @@ def launch(
                     *sizes,
                     len(segments),
                     ROWS=together,
+                    BLOCK=width,
+                    num_warps=warps,
                     **shared,
                 )
     return codes, scales, codes2, scales2
@@ -350,9 +395,11 @@ def _unwrapped(kernel: Any) -> Any:
     return kernel
 
 
-def _per_token_block(size: int) -> tuple[int, int, int]:
-    width = min(triton.next_power_of_2(size), MOST_KEPT)
-    return 1, width, min(max(1, width // KEPT_BY_WARP), MOST_WARPS)
+def _per_token_blocks(size: int, by_warp: int) -> tuple[int, int, int]:
+    """Sizes of a row's two blocks and warps of a program: powers of two that leave less of a row's end unused."""
+    both = min(max(triton.next_power_of_2(size), 4), MOST_KEPT)
+    first, second = both // 2, both // 4 if size <= both * 3 // 4 else both // 2
+    return first, second, max(1, both // by_warp)
 
 
 def fused(
