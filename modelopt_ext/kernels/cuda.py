@@ -132,6 +132,13 @@ def fp8_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     return (total if bias is None else total + bias).to(out_dtype)
 
 
+def with_row_scales(operands: Operands) -> Operands:
+    """The same with scales as ``torch._scaled_mm`` takes them: one a row of either matrix, contiguous."""
+    return operands._replace(
+        scale_a=operands.scale_a.expand(operands.a.shape[0], 1).contiguous(), scale_b=operands.scale_b.contiguous()
+    )
+
+
 def _row_wise(operands: Operands, a: Tensor, scale_a: Tensor, bias: Tensor | None) -> Tensor:
     """One product with a scale per row of ``a`` and of ``b``, (M, N) bfloat16."""
     return torch._scaled_mm(

@@ -75,8 +75,11 @@ def scaled_mm(
         # in Python does.
         if a.dtype == torch.int8 and cuda.compiles_int8(a):
             return torch.ops.segquant.code_gemm(*operands, out_dtype)
-        if a.dtype != torch.int8 and a2 is None and size == a.shape[1] and cuda.compiles_fp8(a, b):
-            return cuda.fp8_gemm(operands, out_dtype)
+        if a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
+            if size == a.shape[1]:
+                return cuda.fp8_gemm(operands, out_dtype)
+            # Copies of scales are made where the compiler can join them.
+            operands = cuda.with_row_scales(operands)
     return torch.ops.segquant.scaled_mm(*operands, out_dtype)
 
 

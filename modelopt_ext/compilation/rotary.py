@@ -1,65 +1,37 @@
-"""What to tell ``torch.compile`` about diffusion transformers: :func:`compile_options`.
+"""Rotary embeddings (arXiv 2104.09864) without masks: :func:`turn_pairs`.
 
-Once Linears are fast, the largest kernel of what is left in a step of FLUX is the rotary embedding (arXiv 2104.09864)
-with the norm before it. Models rotate pairs of channels as ``stack((-x[1], x[0]))``, and the compiler makes a kernel of
-that in which every output computes both, masked, with loads that can't be joined. :class:`RotaryPass` makes it a
-reversal of each pair with a change of sign: the same numbers, bit for bit, with half the instructions.
+With the norm before it, the rotation is the largest kernel of what Linears and attention leave of a step of FLUX.
+Models write it as ``stack((-x[1], x[0]))``, and the compiler makes a kernel of that in which every output computes
+both, masked, with loads that can't be joined. A reversal of each pair with a change of sign is the same, bit for bit,
+with half the instructions.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def compile_options() -> dict[str, Any]:
-    """``options`` for ``torch.compile``, ``nn.Module.compile`` and diffusers' ``compile_repeated_blocks``.
-
-    They change no number. Packed or not, any model may be compiled with them; those that rotate no channels compile as
-    they do without.
-
-    Raises:
-        ValueError: Inductor's ``post_grad_custom_pre_pass``, whose place is taken, is set already.
-    """
-    if config.post_grad_custom_pre_pass is not None:
-        raise ValueError(
-            "torch._inductor.config.post_grad_custom_pre_pass is set, and these options would replace it: call "
-            "modelopt_ext.compilation.RotaryPass()(graph) in that pass instead, and compile without these options"
-        )
-    return {"post_grad_custom_pre_pass": RotaryPass()}
-
-
-@dataclass(frozen=True)
-class RotaryPass(CustomGraphPass):
-    """Rewrites rotations of channels in a graph of ATen operators, in place.
+def turn_pairs(graph: fx.Graph) -> None:
+    """Rewrite rotations of channels in a graph of ATen operators, in place.
 
     Two forms are found, both with x cut in two along one dimension: ``stack((-x[1], x[0]))`` (neighbours are a pair, as
     in FLUX) and ``cat((-x[1], x[0]))`` (so are the halves of a head, as in CogView4).
     """
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Rewrite what is found."""
-        found = [(node, pair) for node in graph.nodes if (pair := _rotated(node)) is not None]
-        for node, (source, dim) in found:
-            with graph.inserting_before(node):
-                turned = _turned(graph, source, dim)
-                if list(_value(node).shape) != list(_value(source).shape):
-                    turned = graph.call_function(aten.reshape.default, (turned, list(_value(node).shape)))
-            node.replace_all_uses_with(turned)
-        if found:
-            graph.eliminate_dead_code()
-
-    def uuid(self) -> Any:
-        """What compiled graphs are kept by."""
-        return get_hash_for_files((__file__,))
+    found = [(node, pair) for node in graph.nodes if (pair := _rotated(node)) is not None]
+    for node, (source, dim) in found:
+        with graph.inserting_before(node):
+            turned = _turned(graph, source, dim)
+            if list(_value(node).shape) != list(_value(source).shape):
+                turned = graph.call_function(aten.reshape.default, (turned, list(_value(node).shape)))
+        node.replace_all_uses_with(turned)
+    if found:
+        graph.eliminate_dead_code()
 
 
 def _rotated(node: fx.Node) -> tuple[fx.Node, int] | None:

@@ -1,0 +1,74 @@
+"""Static scales of activations for E4M3 products, all by one kernel: :func:`spread_together`.
+
+The product with a scale for each output takes one for each row, too, and so a static scale is repeated. The compiler
+launches a kernel for each product's: some 300 in a step of FLUX, a microsecond or two of work each and as much of
+waiting.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import kernels  # noqa: F401 (registers the operator)
+
+aten = torch.ops.aten
+
+# They take scales for each row.
+PRODUCTS = (aten._scaled_mm.default, torch.ops.segquant.scaled_mm.default)
+# Tensors up to which the compiler makes one kernel of cat().
+TOGETHER = 8
+# Rows start at multiples of 128 bytes.
+MULTIPLE = 32
+
+
+def spread_together(graph: fx.Graph) -> None:
+    """Repeat the scales that products of E4M3 codes get in a graph of ATen operators together, in place."""
+    found = [node for node in graph.nodes if _is_spread_scale(node)]
+    for start in range(0, len(found), TOGETHER):
+        part = found[start : start + TOGETHER]
+        if len(part) > 1:
+            _spread(graph, part)
+    if len(found) > 1:
+        graph.eliminate_dead_code()
+
+
+def _is_spread_scale(node: fx.Node) -> bool:
+    """Whether a node is one number, of the graph's inputs, copied to every row for products of codes."""
+    if node.target is not aten.clone.default or not all(user.target in PRODUCTS for user in node.users):
+        return False
+    expand: Any = node.args[0]
+    if expand.target is not aten.expand.default:
+        return False
+    scale, rows = expand.args[0], node.meta["val"].shape
+    if scale.meta["val"].numel() != 1 or len(rows) != 2 or not isinstance(rows[0], int) or rows[1] != 1:
+        return False
+    return scale.op == "placeholder" or all(source.op == "placeholder" for source in scale.all_input_nodes)
+
+
+def _spread(graph: fx.Graph, copies: list[fx.Node]) -> None:
+    most = max(copy.meta["val"].shape[0] for copy in copies)
+    width = -(-most // MULTIPLE) * MULTIPLE
+    last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last_input):
+        anchor = graph.call_function(aten.cat.default, ([], 0))
+    with graph.inserting_before(anchor):
+        scales = []
+        for copy in copies:
+            expand: Any = copy.args[0]
+            scale = expand.args[0]
+            here = scale if scale.op == "placeholder" else graph.node_copy(scale)
+            scales.append(graph.call_function(aten.reshape.default, (here, [1, 1])))
+    anchor.args = (scales, 0)
+    with graph.inserting_after(anchor):
+        wide = graph.call_function(aten.expand.default, (anchor, [len(copies), width]))
+    with graph.inserting_after(wide):
+        spread = graph.call_function(aten.clone.default, (wide,), {"memory_format": torch.contiguous_format})
+    for index, copy in enumerate(copies):
+        rows = copy.meta["val"].shape[0]
+        with graph.inserting_before(copy):
+            # Views that the compiler knows would be computed again, each by itself.
+            column = graph.call_function(aten.as_strided.default, (spread, [rows, 1], [1, 1], index * width))
+        copy.replace_all_uses_with(column)
