@@ -95,6 +95,7 @@ def _smoothed(x, shift, factor, HAS_SHIFT: tl.constexpr, HAS_SMOOTHING: tl.const
 
 @triton.jit
 def _highest(z, POLARITY: tl.constexpr):
+    """What decides the scale of a block: its largest magnitude, or its largest value where signs are split."""
     return tl.max(tl.abs(z) if POLARITY == 0 else z, axis=0)
 
 
