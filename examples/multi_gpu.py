@@ -122,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--way", default="int8", choices=list(CONFIGS), help="the format")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
     options = parser.parse_args(arguments)
+    if options.device_map and options.compile:
+        parser.error("--compile is for context parallelism: accelerate's hooks are not compiled")
     if options.device_map:
         device_map(options)
     elif "RANK" in os.environ:

@@ -31,7 +31,9 @@ def operators(graph: torch.fx.Graph) -> list[Any]:
     return [node.target for node in graph.nodes]
 
 
-def rewritten(function: Callable[..., Tensor] | nn.Module, *arguments: Any, **inputs: Any) -> tuple[Tensor, int, int]:
+def rewritten(
+    function: Callable[..., Tensor] | nn.Module, *arguments: Any, dynamic: bool | None = False, **inputs: Any
+) -> tuple[Tensor, int, int]:
     """The result of what Inductor would get after the pass, its rotations, and how many of its ``cat`` went."""
     turned = gone = 0
 
@@ -48,7 +50,7 @@ def rewritten(function: Callable[..., Tensor] | nn.Module, *arguments: Any, **in
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=compile_graph, decompositions=select_decomp_table)
     with torch.no_grad():
-        output = torch.compile(function, backend=backend, dynamic=False)(*arguments, **inputs)
+        output = torch.compile(function, backend=backend, dynamic=dynamic)(*arguments, **inputs)
     return output, turned, gone
 
 
@@ -164,6 +166,29 @@ def test_scales_are_spread_together(rows: tuple[int, ...], parts: bool) -> None:
     assert kinds.count(aten.cat.default) == -(-len(rows) // 8)
     for found, want in zip(Product(module).run(*inputs), Product(before).run(*inputs), strict=True):
         assert torch.equal(found, want)
+
+
+def test_scales_of_two_devices_stay_apart() -> None:
+    module, _ = products(70, 70, 70, 70)
+    copies = [node for node in module.graph.nodes if node.target is aten.clone.default]
+    for node in copies[2:]:
+        node.meta["val"] = node.meta["val"].to("meta")
+    spread_together(module.graph)
+    together = [len(node.args[0]) for node in module.graph.nodes if node.target is aten.cat.default]
+    assert together == [2, 2]
+
+
+@pytest.mark.parametrize(("unbind", "expected"), [(-1, 1), (-2, 0)], ids=["neighbours", "halves"])
+def test_sizes_that_vary(unbind: int, expected: int) -> None:
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return apply_rotary_emb(x, (cos, sin), use_real_unbind_dim=unbind, sequence_dim=1)
+
+    arguments = torch.randn(2, 5, 3, 8), torch.randn(5, 8), torch.randn(5, 8)
+    for tensor, dim in zip(arguments, (1, 0, 0), strict=True):
+        torch._dynamo.mark_dynamic(tensor, dim)
+    output, turned, _ = rewritten(rotate, *arguments, dynamic=None)
+    assert turned == expected
+    assert torch.equal(output, rotate(*arguments))
 
 
 def test_one_scale_stays() -> None:

@@ -21,13 +21,13 @@ def turn_pairs(graph: fx.Graph) -> None:
     """Rewrite rotations of channels in a graph of ATen operators, in place.
 
     Two forms are found, both with x cut in two along one dimension: ``stack((-x[1], x[0]))`` (neighbours are a pair, as
-    in FLUX) and ``cat((-x[1], x[0]))`` (so are the halves of a head, as in CogView4).
+    in FLUX) and ``cat((-x[1], x[0]))`` (so are the halves of a head, as in CogView4; where sizes are known).
     """
     found = [(node, pair) for node in graph.nodes if (pair := _rotated(node)) is not None]
     for node, (source, dim) in found:
         with graph.inserting_before(node):
             turned = _turned(graph, source, dim)
-            if list(_value(node).shape) != list(_value(source).shape):
+            if _value(node).dim() != _value(source).dim():
                 turned = graph.call_function(aten.reshape.default, (turned, list(_value(node).shape)))
         node.replace_all_uses_with(turned)
     if found:
@@ -46,6 +46,9 @@ def _rotated(node: fx.Node) -> tuple[fx.Node, int] | None:
         return None
     second, first = _part(parts[0].args[0]), _part(parts[1])
     if first is None or second is None or first[0] is not second[0]:
+        return None
+    halves = _value(node).dim() != _value(first[0]).dim()
+    if halves and not all(isinstance(size, int) for size in _value(node).shape):
         return None
     return (first[0], dim) if (first[1:], second[1:]) == ((dim, 0), (dim, 1)) else None
 

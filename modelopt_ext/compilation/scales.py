@@ -26,12 +26,15 @@ MULTIPLE = 32
 
 def spread_together(graph: fx.Graph) -> None:
     """Repeat the scales that products of E4M3 codes get in a graph of ATen operators together, in place."""
-    found = [node for node in graph.nodes if _is_spread_scale(node)]
-    for start in range(0, len(found), TOGETHER):
-        part = found[start : start + TOGETHER]
+    by_device: dict[torch.device, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if _is_spread_scale(node):
+            by_device.setdefault(node.meta["val"].device, []).append(node)
+    parts = [found[at : at + TOGETHER] for found in by_device.values() for at in range(0, len(found), TOGETHER)]
+    for part in parts:
         if len(part) > 1:
             _spread(graph, part)
-    if len(found) > 1:
+    if parts:
         graph.eliminate_dead_code()
 
 
@@ -49,6 +52,7 @@ def _is_spread_scale(node: fx.Node) -> bool:
 
 
 def _spread(graph: fx.Graph, copies: list[fx.Node]) -> None:
+    """Replace copies of scales by columns of one tensor, a row for each, that follows the graph's inputs."""
     most = max(copy.meta["val"].shape[0] for copy in copies)
     width = -(-most // MULTIPLE) * MULTIPLE
     last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
