@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import denoisers
 import pytest
+import sympy
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from packed_models import packed_denoiser, plain_denoiser
@@ -17,11 +19,16 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config
+from torch._inductor.choices import InductorChoices
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.utils import run_and_get_code
+from torch._inductor.virtualized import V
 
 from modelopt_ext import compile_options
 from modelopt_ext.compilation import Rewrites
+from modelopt_ext.compilation.reductions import WholeRows, keep_rows
 from modelopt_ext.compilation.scales import spread_together
 
 aten = torch.ops.aten
@@ -207,6 +214,53 @@ def test_another_pass_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "post_grad_custom_pre_pass", lambda graph: None)
     with pytest.raises(ValueError, match=r"Rewrites\(\)\(graph\) in that pass"):
         compile_options()
+
+
+@pytest.mark.parametrize(
+    ("hint", "size", "options", "expected"),
+    [
+        (ReductionHint.INNER, 3072, True, True),
+        (ReductionHint.INNER, 4097, True, False),
+        (ReductionHint.OUTER, 3072, True, False),
+        (ReductionHint.INNER, 3072, False, False),
+        (ReductionHint.INNER, 1024, False, True),
+    ],
+    ids=["a-row", "too-long", "a-column", "without-the-options", "as-always"],
+)
+def test_rows_that_fit_are_kept(hint: ReductionHint, size: int, options: bool, expected: bool) -> None:
+    features = SimpleNamespace(get_reduction_hint=lambda: hint, reduction_numel=sympy.Integer(size))
+    with (
+        V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())),
+        config.patch(post_grad_custom_pre_pass=Rewrites() if options else None),
+    ):
+        assert bool(WholeRows.should_use_persistent_reduction(features, False)) == expected
+
+
+def test_the_choices_of_others_stay(caplog: pytest.LogCaptureFixture) -> None:
+    class Own(InductorChoices):
+        pass
+
+    for choices, expected in ((InductorChoices(), WholeRows), (WholeRows(), WholeRows), (Own(), Own)):
+        with V.set_choices_handler(choices):
+            keep_rows()
+            assert type(V.choices) is expected
+    assert [record.getMessage() for record in caplog.records] == [
+        "segquant: Inductor's choices are Own here; norms over long rows stay slower"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_norm_is_one_pass() -> None:
+    """And what is compiled without the options afterwards stays as it was."""
+    norm, x = nn.LayerNorm(3072, elementwise_affine=False), torch.randn(64, 3072, device="cuda", dtype=torch.bfloat16)
+    codes = []
+    for options in (compile_options(), None):
+        torch._dynamo.reset()
+        output, (code,) = run_and_get_code(torch.compile(norm, options=options), x)
+        codes.append(code)
+        assert sqnr(norm(x), output) > 45
+    assert [re.findall("triton_(?:per|red)_", code)[0] for code in codes] == ["triton_per_", "triton_red_"]
 
 
 @pytest.mark.gpu

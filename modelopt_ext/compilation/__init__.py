@@ -1,19 +1,21 @@
 """What to tell ``torch.compile`` about diffusion transformers: :func:`compile_options`.
 
 Once Linears are fast, a step waits for what lies between them. These options make the compiler search for the best
-tiles of such kernels, and rewrite two things that it makes slow kernels of: :mod:`.rotary`, :mod:`.scales`.
+tiles of such kernels, and change three things that it makes slow kernels of: :mod:`.rotary`, :mod:`.scales`,
+:mod:`.reductions`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from .reductions import keep_rows
 from .rotary import turn_pairs
 from .scales import spread_together
 
@@ -39,8 +41,11 @@ def compile_options() -> dict[str, Any]:
 class Rewrites(CustomGraphPass):
     """A pass of Inductor's over a graph of ATen operators, in place."""
 
+    keeps_rows: ClassVar[bool] = True
+
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite what is found."""
+        keep_rows()
         turn_pairs(graph)
         spread_together(graph)
 
