@@ -563,11 +563,20 @@ def fold_names(names: Iterable[str]) -> str:
     return ", ".join(pattern for pattern, _ in _fold(list(names)))
 
 
+def without_numbers(name: str) -> str:
+    """A module's name with block numbers as stars: what the same layers of repeated blocks share.
+
+    >>> without_numbers("blocks.0.to_q")
+    'blocks.*.to_q'
+    """
+    return _BLOCK_NUMBER.sub("*", name)
+
+
 def _fold(names: list[str]) -> list[tuple[str, list[str]]]:
     """Exact patterns that together are the names, each with the names that it stands for."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(_BLOCK_NUMBER.sub("*", name), []).append(name)
+        groups.setdefault(without_numbers(name), []).append(name)
     folded = []
     for members in groups.values():
         by_numbers = {tuple(int(number) for number in _BLOCK_NUMBER.findall(name)): name for name in members}

@@ -358,6 +358,16 @@ def test_second_products_stay_within_their_budget():
     assert affordable_second_products(costs, 1.0) == set(costs)
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.24, 2), (0.25, 6), (0.44, 6), (0.45, 10), (1.0, 12)])
+def test_repeated_blocks_are_treated_alike(share: float, expected: int) -> None:
+    """All of a place within the budget, or none; sizes apart, as UNets have them."""
+    costs = {f"blocks.{block}.{name}": 10 for name in ("a", "b") for block in range(4)}
+    costs |= {f"blocks.{block}.a": 5 for block in (4, 5)} | {"x": 10, "y": 100}
+    chosen = affordable_second_products(costs, share)
+    assert len(chosen) == expected
+    assert {"blocks.4.a", "blocks.5.a"} <= chosen
+
+
 def test_shift_is_the_middle_and_exact_in_bfloat16():
     high, low = normal(50).abs() * 10, -normal(50, seed=1).abs()
     shift = shift_of(high, low, per_channel=True)

@@ -210,9 +210,11 @@ def test_options_are_equal_and_may_be_cached() -> None:
     assert compile_options()["post_grad_custom_pre_pass"].uuid() == Rewrites().uuid() is not None
 
 
-def test_another_pass_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "post_grad_custom_pre_pass", lambda graph: None)
-    with pytest.raises(ValueError, match=r"Rewrites\(\)\(graph\) in that pass"):
+def test_another_pass_is_not_lost() -> None:
+    with (
+        config.patch(post_grad_custom_pre_pass=lambda graph: None),
+        pytest.raises(ValueError, match=r"Rewrites\(\)\(graph\) in that pass"),
+    ):
         compile_options()
 
 

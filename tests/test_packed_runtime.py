@@ -6,7 +6,6 @@ import copy
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +27,7 @@ from modelopt_ext import PackedLinear
 from modelopt_ext.formats import QuantFormat
 from modelopt_ext.kernels import cuda, rounding
 from modelopt_ext.kernels.operands import Operands
-from modelopt_ext.kernels.scaled_mm import _product_of, launches_directly
+from modelopt_ext.kernels.scaled_mm import _product_of, launches_directly, scaled_mm
 from modelopt_ext.nn import SegLayout
 from modelopt_ext.nn.alike import make_alike
 from modelopt_ext.nn.packed import PackedSpec
@@ -212,11 +211,7 @@ def test_a_compiler_gets_through_what_runs_on_a_gpu(
     """With tensors that only say that they are on one."""
     monkeypatch.setattr(cuda, "fp8_fits", lambda *_: True)
     monkeypatch.setattr(cuda, "multiplies_int8", lambda _: True)
-    if codes == "int8":
-        triton_gemm = pytest.importorskip("modelopt_ext.kernels.triton_gemm", reason="Triton is not installed")
-        monkeypatch.setattr(triton_gemm, "_properties", lambda _: (True, 3))
-        monkeypatch.setattr(triton_gemm, "_shared_memory", lambda _: 227 * 1024)
-        monkeypatch.setattr(triton_gemm, "on_device_of", lambda _: nullcontext())
+    monkeypatch.setattr(cuda, "_lowered", lambda _: "")
     layout = SegLayout(segments, groups, groups, (polarity,) * len(segments))
     spec = PackedSpec(layout, codes, activations=codes, per_token=per_token, smoothing=True, shift=True)
     called: list[str] = []
@@ -230,10 +225,8 @@ def test_a_compiler_gets_through_what_runs_on_a_gpu(
         x = torch.empty(1, 200, 64, dtype=torch.bfloat16, device="cuda")
         found = torch.compile(layer, backend=backend, fullgraph=True)(x)
     assert (found.shape, found.dtype, found.device.type) == ((1, 200, 48), torch.bfloat16, "cuda")
-    if codes == "int8":
-        product = "segquant.code_gemm"
-    else:
-        product = "_scaled_mm" if len(segments) == 1 and polarity == "none" else "segquant.scaled_mm"
+    single = codes != "int8" and len(segments) == 1 and polarity == "none"
+    product = "torch._scaled_mm" if single else "segquant.scaled_mm"
     assert sum(product in name for name in called) == len(segments) * len(groups)
 
 
@@ -251,6 +244,48 @@ def test_a_compiler_writes_codes_once(codes: Any) -> None:
     with torch.no_grad():
         _, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
     assert len(re.findall(r"'(?:in_)?out_ptr\d+': '\*(?:i8|fp8e4nv)'", code)) == 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "any-size"])
+@pytest.mark.parametrize(
+    ("codes", "segments", "polarity", "expected"),
+    [
+        ("int8", (128,), "none", "_tiles"),
+        ("int8", (64, 64), "none", "_tiles"),
+        ("int8", (128,), "dual8", "_tiles"),
+        ("float8_e4m3fn", (128,), "none", "extern_kernels._scaled_mm"),
+        ("float8_e4m3fn", (64, 64), "none", "extern_kernels._scaled_mm"),
+        ("float8_e4m3fn", (120, 8), "none", "segquant.scaled_mm"),
+    ],
+)
+def test_compiled_code_launches_by_itself(
+    codes: Any, segments: tuple[int, ...], polarity: str, expected: str, dynamic: bool
+) -> None:
+    """But for parts that have to be copied."""
+    torch.manual_seed(0)
+    layout = SegLayout(segments, (48,), (48,), (polarity,) * len(segments))
+    layer = PackedLinear(PackedSpec(layout, codes, activations=codes), dtype=torch.bfloat16, device=DEVICE)
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.data.fill_(0.1)
+    layer.set_codes(torch.randint(-60, 60, (48, 128), device=DEVICE))
+    torch._dynamo.reset()
+    step = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for rows in (200, 1100):
+        x = torch.randn(rows, 128, dtype=torch.bfloat16, device=DEVICE)
+        with torch.no_grad():
+            found, code = run_and_get_code(step, x)
+            assert sqnr(layer(x).float(), found.float()) > 40
+        if code:
+            assert expected in code[0]
+            assert ("segquant.scaled_mm" in code[0]) == (expected == "segquant.scaled_mm")
+
+
+def test_a_compiler_is_told_what_does_not_fit() -> None:
+    a, b = torch.zeros(100, 48, dtype=torch.int8), torch.zeros(32, 64, dtype=torch.int8)
+    with pytest.raises(Exception, match="48 channels do not go with a weight of 64"):
+        torch.compile(scaled_mm, backend="eager", fullgraph=True)(a, b, torch.ones(1, 1), torch.ones(32))
 
 
 def test_older_gpus_get_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

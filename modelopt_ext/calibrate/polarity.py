@@ -23,6 +23,7 @@ from torch import Tensor
 from ..formats import QuantFormat
 from ..nn.layout import SPLIT_BY_SIGN
 from ..nn.rotation import rotation_block
+from ..plan import without_numbers
 
 
 def is_polar(tag: str, low: float, high: float) -> bool:
@@ -97,17 +98,22 @@ def candidates(
 def affordable_second_products(multiply_adds: Mapping[str, int], budget: float) -> set[str]:
     """The Linears that may do their product twice, smallest first, within a share of all multiply-adds.
 
+    Those of one size at one place of repeated blocks go together: blocks that differ are compiled one by one.
+
     Args:
         multiply_adds: by name, over the calibration data.
         budget: extra multiply-adds allowed, as a share of their sum.
     """
     left = budget * sum(multiply_adds.values())
-    chosen = set()
-    for name, cost in sorted(multiply_adds.items(), key=lambda item: (item[1], item[0])):
-        left -= cost
+    places: dict[tuple[int, str], list[str]] = {}
+    for name, cost in multiply_adds.items():
+        places.setdefault((cost, without_numbers(name)), []).append(name)
+    chosen: set[str] = set()
+    for (cost, _), names in sorted(places.items()):
+        left -= cost * len(names)
         if left < 0:
             break
-        chosen.add(name)
+        chosen.update(names)
     return chosen
 
 

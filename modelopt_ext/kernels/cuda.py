@@ -7,9 +7,11 @@ the reference, which a log line says once.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -80,10 +82,27 @@ def multiplies_fp8(device: int) -> bool:
     return True
 
 
+@cache
+def _lowered(device: int) -> str:
+    """Tell Inductor how the operator is launched; says of which version of the kernels it then keeps code."""
+    if not multiplies_int8(device):
+        return ""
+    try:
+        from . import lowering
+    except ImportError as error:  # Inductor's own parts move
+        logger.warning("segquant: compiled models call products as operators, which takes more of the host (%s)", error)
+        return ""
+    from .scaled_mm import FEW_ROWS
+
+    lowering.register(torch.ops.segquant.scaled_mm.default, FEW_ROWS)
+    files = (Path(__file__).with_name(name) for name in ("lowering.py", "triton_gemm.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 # Who compiles can't look into what is cached, but may take it as it is.
 @torch.compiler.assume_constant_result
-def _multiplies_int8_here(device: int) -> bool:
-    return multiplies_int8(device)
+def _lowered_here(device: int) -> str:
+    return _lowered(device)
 
 
 @torch.compiler.assume_constant_result
@@ -91,9 +110,9 @@ def _fp8_fits_here(device: int, rows: int, channels: int) -> bool:
     return fp8_fits(device, rows, channels)
 
 
-def compiles_int8(a: Tensor) -> bool:
-    """Whether a compiler may launch the Triton kernel of int8 codes ``a`` on a GPU; registers its operator."""
-    return _multiplies_int8_here(a.device.index or 0)
+def lowered(a: Tensor) -> str:
+    """What a compiler has to be told with a product of codes ``a`` on a GPU."""
+    return _lowered_here(a.device.index or 0)
 
 
 def compiles_fp8(a: Tensor, b: Tensor) -> bool:
@@ -132,10 +151,12 @@ def fp8_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     return (total if bias is None else total + bias).to(out_dtype)
 
 
-def with_row_scales(operands: Operands) -> Operands:
-    """The same with scales as ``torch._scaled_mm`` takes them: one a row of either matrix, contiguous."""
+def for_scaled_mm(operands: Operands, out_dtype: torch.dtype) -> Operands:
+    """The same as ``torch._scaled_mm`` takes it: a scale for each row of either matrix, and a bias in ``out_dtype``."""
     return operands._replace(
-        scale_a=operands.scale_a.expand(operands.a.shape[0], 1).contiguous(), scale_b=operands.scale_b.contiguous()
+        scale_a=operands.scale_a.expand(operands.a.shape[0], 1).contiguous(),
+        scale_b=operands.scale_b.contiguous(),
+        bias=None if operands.bias is None else operands.bias.to(out_dtype),
     )
 
 

@@ -70,17 +70,17 @@ def scaled_mm(
         # Operators are for those who look at them. By itself one costs more time than a launch.
         return _product(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype)
     operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
+    lowered = ""
     if groups == 1 and a.is_cuda and a.shape[0] > FEW_ROWS:
         # Most of a step's launches. Those that the compiler's code makes by itself cost the host less than an operator
         # in Python does.
-        if a.dtype == torch.int8 and cuda.compiles_int8(a):
-            return torch.ops.segquant.code_gemm(*operands, out_dtype)
+        lowered = cuda.lowered(a)
         if a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
             if size == a.shape[1]:
                 return cuda.fp8_gemm(operands, out_dtype)
             # Copies of scales are made where the compiler can join them.
-            operands = cuda.with_row_scales(operands)
-    return torch.ops.segquant.scaled_mm(*operands, out_dtype)
+            operands = cuda.for_scaled_mm(operands, out_dtype)
+    return torch.ops.segquant.scaled_mm(*operands, out_dtype, lowered)
 
 
 def launches_directly() -> bool:
@@ -110,26 +110,32 @@ def _fits_kernels(a: Tensor, b: Tensor, channels: int) -> bool:
 
 
 def _product(*arguments: Any) -> Tensor:
-    *values, out_dtype = arguments
+    operands, out_dtype = _checked(*arguments)
+    return _product_of(operands, out_dtype)
+
+
+def _checked(*arguments: Any) -> tuple[Operands, torch.dtype]:
+    """The operator's arguments; how it is compiled changes nothing here."""
+    values = arguments[: len(Operands._fields)]
     operands = Operands(*values)
     check(operands)
-    return _product_of(operands, out_dtype)
+    return operands, arguments[len(values)]
 
 
 # Any layout will do: the compiler would copy what it computes for every operator that asks for one.
 torch.library.define(
     "segquant::scaled_mm",
     "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, int zero, Tensor? sum_b, Tensor? a2, "
-    "Tensor? scale_a2, int sign, int groups, int start, int size, ScalarType out_dtype) -> Tensor",
+    "Tensor? scale_a2, int sign, int groups, int start, int size, ScalarType out_dtype, str lowered='') -> Tensor",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 torch.library.impl("segquant::scaled_mm", "CompositeExplicitAutograd", _product)
 
 
 @torch.library.register_fake("segquant::scaled_mm")
-def _(a: Tensor, b: Tensor, *others: Any) -> Tensor:
-    *_, groups, _, _, out_dtype = others
-    return a.new_empty((a.shape[0] // groups, b.shape[0]), dtype=out_dtype)
+def _(*arguments: Any) -> Tensor:
+    operands, out_dtype = _checked(*arguments)
+    return operands.a.new_empty((operands.rows, operands.b.shape[0]), dtype=out_dtype)
 
 
 def reference(

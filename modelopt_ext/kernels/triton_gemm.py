@@ -18,17 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .cuda import on_device_of
 from .operands import Operands
-from .scaled_mm import FEW_ROWS, check
+from .scaled_mm import FEW_ROWS
+
+Grid: TypeAlias = Callable[[dict[str, Any]], tuple[int, int, int]]
 
 # Rows of the smallest tile that the matrix units take.
 TILE_ROWS = 16
@@ -60,15 +61,18 @@ SMALL_ROWS = 1024  # up to which tiles of 64 rows are tried: the others leave mu
 
 
 def _fitting(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """The tiles to try at a size; one for most, so that nothing has to be timed."""
     arguments = {**named_args, **kwargs}
-    large, small, dual = WITH_TMA if arguments["TMA"] else WITH_POINTERS
-    rows = arguments["ROWS"]
+    return fitting_tiles(arguments["ROWS"], arguments["TMA"], arguments["DUAL"])
+
+
+def fitting_tiles(rows: int, tma: bool, dual: bool) -> list[triton.Config]:
+    """The tiles to try at a size; one for most, so that nothing has to be timed."""
+    large, small, of_two = WITH_TMA if tma else WITH_POINTERS
     if rows <= small.kwargs["BLOCK_M"]:
         return [small]
-    if arguments["DUAL"]:
+    if dual:
         # Two accumulators of a tile share the registers: eight warps have enough.
-        return [dual]
+        return [of_two]
     return [large, small] if rows <= SMALL_ROWS else [large]
 
 
@@ -326,7 +330,7 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _tma_fits(operands: Operands, out_dtype: torch.dtype) -> bool:
+def fits_descriptors(operands: Operands, out_dtype: torch.dtype) -> bool:
     """Tensor descriptors need 16-byte aligned rows, and a GPU that has them and room for their tiles."""
     matrices = [x for x in (operands.a, operands.b, operands.a2) if x is not None]
     # Allocations are aligned; pointers are not looked at, so that this can be traced.
@@ -381,7 +385,7 @@ def launch_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
             key = None  # says nothing about the copies
         if operands.rows <= FEW_ROWS:
             return launch_few_rows(_few_rows, operands, out_dtype, key)
-        return launch_tiles(_tiles, operands, out_dtype, _tma_fits(operands, out_dtype), key)
+        return launch_tiles(_tiles, operands, out_dtype, fits_descriptors(operands, out_dtype), key)
 
 
 def _with_contiguous_rows(operands: Operands) -> Operands:
@@ -391,31 +395,6 @@ def _with_contiguous_rows(operands: Operands) -> Operands:
         name: x.contiguous() for name, x in matrices.items() if x is not None and x.stride(1) != 1
     }
     return operands._replace(**copies) if copies else operands
-
-
-@torch.library.triton_op("segquant::code_gemm", mutates_args={})
-def code_gemm(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    zero: int,
-    sum_b: Tensor | None,
-    a2: Tensor | None,
-    scale_a2: Tensor | None,
-    sign: int,
-    groups: int,
-    start: int,
-    size: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """:func:`launch_gemm` of many rows and one group; ``torch.compile`` sees the kernel itself."""
-    operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
-    check(operands)
-    operands = _with_contiguous_rows(operands)
-    with on_device_of(a):
-        return launch_tiles(wrap_triton(_tiles), operands, out_dtype, _tma_fits(operands, out_dtype))
 
 
 def _signature(operands: Operands, out_dtype: torch.dtype) -> tuple[Any, ...]:
@@ -452,17 +431,34 @@ def launch_tiles(
     Returns:
         (M, N) in ``out_dtype``.
     """
+    out = torch.empty(operands.rows, operands.b.shape[0], dtype=out_dtype, device=operands.a.device)
+    size = triton.next_power_of_2(operands.rows)  # those within a factor of two share a choice of tiles
+    grid, switches = tiles_grid(operands, tma, processors)
+    _launch(kernel, grid, operands, out, size, switches, tiles, key)
+    return out
+
+
+def tiles_grid(operands: Operands, tma: bool, processors: int | None = None) -> tuple[Grid, dict[str, Any]]:
+    """How many programs of the kernel of many rows there are, by the tiles, and its compile-time constants but those.
+
+    Args:
+        operands: of one group; tensors that stand for others will do.
+        tma: whether to load through tensor descriptors.
+        processors: multiprocessors to fill; by default the GPU's.
+    """
     rows, columns = operands.rows, operands.b.shape[0]
     count = processors or processor_count(operands.a.device)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
-        return (min(count * meta["PER_SM"], _cdiv(rows, meta["BLOCK_M"]) * _cdiv(columns, meta["BLOCK_N"])), 1, 1)
+        return (least(count * meta["PER_SM"], _cdiv(rows, meta["BLOCK_M"]) * _cdiv(columns, meta["BLOCK_N"])), 1, 1)
 
-    out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
-    size = triton.next_power_of_2(rows)  # those within a factor of two share a choice of tiles
-    switches = {"PROCESSORS": count, "PER_TOKEN": operands.scale_a.numel() > 1, "TMA": tma, **_switches(operands)}
-    _launch(kernel, grid, operands, out, size, switches, tiles, key)
-    return out
+    least = min if isinstance(rows, int) else torch.sym_min
+    return grid, {"PROCESSORS": count, "PER_TOKEN": operands.scale_a.numel() > 1, "TMA": tma, **_switches(operands)}
+
+
+def tuned_over(tiles: list[triton.Config]) -> Any:
+    """The kernel of many rows with some tiles to choose from."""
+    return triton.autotune(configs=tiles, key=[])(_tiles.fn)
 
 
 def launch_few_rows(kernel: Any, operands: Operands, out_dtype: torch.dtype, key: Any = None, **tiles: int) -> Tensor:
@@ -497,7 +493,7 @@ def _cdiv(size: int, part: int) -> int:
 
 def _launch(
     kernel: Any,
-    grid: Callable[[dict[str, Any]], tuple[int, int, int]],
+    grid: Grid,
     operands: Operands,
     out: Tensor,
     last: int,
@@ -520,7 +516,7 @@ def _launch(
     tma = switches.get("TMA", False)
     if tma:
         triton.set_allocator(_workspace)
-    numbers = (*_numbers(operands), last)
+    numbers = (*numbers_of(operands), last)
     compiled = kernel[grid](*_tensors(operands, out), *numbers, **switches, **tiles)
     if key is None or compiled is None or not _LAUNCHES_AGAIN:  # Triton's interpreter compiles nothing
         return
@@ -539,6 +535,18 @@ def _launch(
 
 
 def _tensors(operands: Operands, out: Tensor) -> tuple[Tensor, ...]:
+    # Static scales are columns of a table with one for each group and segment.
+    scale_a2, sum_b = operands.scale_a2, operands.sum_b
+    contiguous = operands._replace(
+        scale_a=operands.scale_a.contiguous(),
+        scale_b=operands.scale_b.contiguous(),
+        scale_a2=None if scale_a2 is None else scale_a2.contiguous(),
+        sum_b=None if sum_b is None else sum_b.contiguous(),
+    )
+    return with_stand_ins(contiguous, out)
+
+
+def with_stand_ins(operands: Operands, out: Any) -> tuple[Any, ...]:
     """What both kernels take first; absent tensors are replaced by others, which are not read."""
     a, b = operands.a, operands.b
     return (
@@ -547,16 +555,15 @@ def _tensors(operands: Operands, out: Tensor) -> tuple[Tensor, ...]:
         b if operands.a2 is None else operands.a2,
         b,
         out,
-        # Static scales are columns of a table with one for each group and segment.
-        operands.scale_a.contiguous(),
-        (operands.scale_a if operands.scale_a2 is None else operands.scale_a2).contiguous(),
-        operands.scale_b.contiguous(),
+        operands.scale_a,
+        operands.scale_a if operands.scale_a2 is None else operands.scale_a2,
+        operands.scale_b,
         operands.scale_b if operands.bias is None else operands.bias,
-        b if operands.sum_b is None else operands.sum_b.contiguous(),
+        b if operands.sum_b is None else operands.sum_b,
     )
 
 
-def _numbers(operands: Operands) -> tuple[int, ...]:
+def numbers_of(operands: Operands) -> tuple[int, ...]:
     """What they take next."""
     a, b, a2 = operands.a, operands.b, operands.b if operands.a2 is None else operands.a2
     size = operands.channels.stop - operands.start

@@ -1,0 +1,116 @@
+"""What Inductor makes of ``segquant::scaled_mm``: launches, where an operator in Python costs the host 60 us a call.
+
+A ``triton_op`` would do the same for the kernel of int8 codes, but PyTorch looks into such a kernel four times for each
+call in a model, 0.07 s each. Here it does so once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._inductor import ir
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.virtualized import V
+
+from . import cuda, triton_gemm
+from .operands import Operands
+
+aten = torch.ops.aten
+
+
+def register(operator: torch._ops.OpOverload, few_rows: int) -> None:
+    """Teach Inductor an operator with :class:`Operands`, an output dtype and a text as arguments."""
+    fallback = fallback_handler(operator)
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def _(*arguments: Any) -> Any:
+        boxes, out_dtype = Operands(*arguments[:-2]), arguments[-2]
+        # The tensors that stand for them in the graph know their sizes and strides.
+        values = Operands(*map(_value, V.graph.current_node.args[:-2]))
+        launch = _launch_of(values, out_dtype, few_rows)
+        return fallback(*arguments) if launch is None else launch(boxes, values, out_dtype)
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+
+def _launch_of(values: Operands, out_dtype: torch.dtype, few_rows: int) -> Callable[..., Any] | None:
+    """What makes the launch of a product, or None where its operator has to be called."""
+    many = V.graph.sizevars.statically_known_gt(_size(values.rows), few_rows)
+    if not values.a.is_cuda or values.groups > 1 or not many:
+        return None
+    if values.a.dtype == torch.int8:
+        return _tiles if cuda.multiplies_int8(values.a.device.index or 0) else None
+    return _row_wise if _fits_cublas(values, out_dtype) else None
+
+
+def _fits_cublas(values: Operands, out_dtype: torch.dtype) -> bool:
+    """Whether one ``torch._scaled_mm`` of parts that lie where they are does it all."""
+    a, b, bias = values.a, values.b, values.bias
+    numbers = values.start, values.channels.stop, a.stride(0), b.stride(0)
+    return (
+        cuda.fp8_fits(a.device.index or 0, *b.shape)
+        and not values.is_dual
+        and out_dtype == torch.bfloat16
+        and (bias is None or bias.dtype == out_dtype)
+        and all(isinstance(number, int) and number % cuda.FP8_MULTIPLE == 0 for number in numbers)
+        and a.stride(1) == b.stride(1) == 1
+    )
+
+
+def _row_wise(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
+    """The extern kernel of ``aten::_scaled_mm``."""
+
+    def part(box: Any, value: Tensor) -> Any:
+        whole = ir.ExternKernel.require_exact_strides(box, value.stride())
+        return lowerings[aten.slice.Tensor](whole, 1, values.start, values.channels.stop)
+
+    columns = lowerings[aten.permute.default](part(boxes.b, values.b), [1, 0])
+    scale_b = lowerings[aten.view.default](boxes.scale_b, [1, values.b.shape[0]])
+    rows, scale_a = part(boxes.a, values.a), boxes.scale_a
+    return lowerings[aten._scaled_mm.default](rows, columns, scale_a, scale_b, boxes.bias, None, out_dtype, True)
+
+
+def _tiles(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
+    """A launch of the Triton kernel."""
+    values = Operands(*map(_as_read, values))
+    given: dict[str, Any] = boxes._asdict()
+    read: dict[str, Any] = {
+        name: ir.ExternKernel.require_exact_strides(given[name], value.stride())
+        for name, value in values._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    rows, columns = _size(values.rows), values.b.shape[0]
+    # How many there are decides for tiles alone, which are right for any number.
+    counted = values.rows if isinstance(values.rows, int) else values.rows.node.hint
+    tma = triton_gemm.fits_descriptors(values, out_dtype)
+    tiles = triton_gemm.fitting_tiles(counted, tma, values.is_dual)
+    kernel = triton_gemm.tuned_over(tiles)
+    grid, constants = triton_gemm.tiles_grid(values, tma)
+    out = lowerings[aten.empty_strided.default]([rows, columns], [columns, 1], dtype=out_dtype, device=values.a.device)
+    tensors = triton_gemm.with_stand_ins(boxes._replace(**read), out)
+    numbers = map(_size, (*triton_gemm.numbers_of(values), counted))
+    ir.UserDefinedTritonKernel(
+        kernel_idx=kernel_side_table.add_kernel(kernel),
+        grid=[tuple(map(_size, grid(config.kwargs))) for config in tiles],
+        tma_descriptor_metadata={},
+        kernel_args=dict(zip(kernel.arg_names, (*tensors, *numbers), strict=False)) | constants,
+    )
+    return out
+
+
+def _as_read(value: Any) -> Any:
+    """What stands for an operand as the kernel reads it: rows or vectors in one piece."""
+    if not isinstance(value, Tensor) or (value.dim() == 2 and value.stride(1) == 1):
+        return value
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
+def _size(number: Any) -> Any:
+    """As Inductor takes it."""
+    return number.node.expr if isinstance(number, torch.SymInt) else number
