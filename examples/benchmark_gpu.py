@@ -48,6 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "w4a8": linear_only({"num_bits": 4, "axis": 0}, {"num_bits": 8, **PER_TOKEN}, **NO_SEARCH),
 }
 PEERS = ("torchao-int8", "torchao-fp8", "modelopt-fp8")
+INT_MM_ROWS = 16
 # In full precision as others compile it, and with the options that ours are compiled with.
 WAYS = ("bf16", "bf16-options", *CONFIGS, *PEERS)
 
@@ -88,14 +89,29 @@ def prepare(way: str, model: nn.Module, data: Sequence[Call]) -> nn.Module:
             quantize_,
         )
 
-        int8 = way == "torchao-int8"
-        quantize_(
-            model,
-            Int8DynamicActivationInt8WeightConfig()
-            if int8
-            else Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
-        )
+        if way == "torchao-int8":
+            many = linears_of_many_rows(model, data[0])
+            quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda _, name: name in many)
+        else:
+            quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
     return model
+
+
+@torch.no_grad()
+def linears_of_many_rows(model: nn.Module, call: Call) -> set[str]:
+    """Those that ``torch._int_mm``, which takes more than 16 rows, multiplies at batch 1: not AdaLN's and embedders'."""
+    found = set()
+
+    def look(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].numel() // inputs[0].shape[-1] > INT_MM_ROWS:
+            found.add(name)
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    handles = [module.register_forward_pre_hook(partial(look, name)) for name, module in linears.items()]
+    model(**call)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def compiled(model: Any, how: str, way: str) -> Any:
