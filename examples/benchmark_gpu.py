@@ -99,7 +99,7 @@ def prepare(way: str, model: nn.Module, data: Sequence[Call]) -> nn.Module:
 
 @torch.no_grad()
 def linears_of_many_rows(model: nn.Module, call: Call) -> set[str]:
-    """Those that ``torch._int_mm``, which takes more than 16 rows, multiplies at batch 1: not AdaLN's and embedders'."""
+    """Those that ``torch._int_mm``, which takes more than 16 rows, can multiply: not AdaLN's, for example."""
     found = set()
 
     def look(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
