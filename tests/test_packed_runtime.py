@@ -27,7 +27,7 @@ from modelopt_ext import PackedLinear
 from modelopt_ext.formats import QuantFormat
 from modelopt_ext.kernels import cuda, rounding
 from modelopt_ext.kernels.operands import Operands
-from modelopt_ext.kernels.scaled_mm import _product_of, launches_directly, scaled_mm
+from modelopt_ext.kernels.scaled_mm import FEW_ROWS, _product_of, launches_directly, scaled_mm
 from modelopt_ext.nn import SegLayout
 from modelopt_ext.nn.alike import make_alike
 from modelopt_ext.nn.packed import PackedSpec
@@ -250,6 +250,7 @@ def test_a_compiler_writes_codes_once(codes: Any) -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "any-size"])
+@pytest.mark.parametrize("sizes", [(200, 1100), (3, 8)], ids=["many", "few"])
 @pytest.mark.parametrize(
     ("codes", "segments", "polarity", "expected"),
     [
@@ -262,9 +263,10 @@ def test_a_compiler_writes_codes_once(codes: Any) -> None:
     ],
 )
 def test_compiled_code_launches_by_itself(
-    codes: Any, segments: tuple[int, ...], polarity: str, expected: str, dynamic: bool
+    codes: Any, segments: tuple[int, ...], polarity: str, expected: str, sizes: tuple[int, int], dynamic: bool
 ) -> None:
     """But for parts that have to be copied."""
+    expected = "_few_rows" if max(sizes) <= FEW_ROWS else expected
     torch.manual_seed(0)
     layout = SegLayout(segments, (48,), (48,), (polarity,) * len(segments))
     layer = PackedLinear(PackedSpec(layout, codes, activations=codes), dtype=torch.bfloat16, device=DEVICE)
@@ -273,13 +275,14 @@ def test_compiled_code_launches_by_itself(
     layer.set_codes(torch.randint(-60, 60, (48, 128), device=DEVICE))
     torch._dynamo.reset()
     step = torch.compile(layer, fullgraph=True, dynamic=dynamic)
-    for rows in (200, 1100):
+    for rows in sizes:
         x = torch.randn(rows, 128, dtype=torch.bfloat16, device=DEVICE)
         with torch.no_grad():
             found, code = run_and_get_code(step, x)
             assert sqnr(layer(x).float(), found.float()) > 40
         launched = re.findall(
-            r"(_tiles)\w*\.run\(|(extern_kernels\._scaled_mm)\(|(segquant\.scaled_mm)\.default\(", "".join(code)
+            r"(_tiles|_few_rows)_\d+\.run\(|(extern_kernels\._scaled_mm)\(|(segquant\.scaled_mm)\.default\(",
+            "".join(code),
         )
         assert {name for names in launched for name in names if name} == ({expected} if code else set())
 

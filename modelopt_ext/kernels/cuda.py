@@ -82,6 +82,12 @@ def multiplies_fp8(device: int) -> bool:
     return True
 
 
+def multiplies(a: Tensor, b: Tensor) -> bool:
+    """Whether a GPU has a fast product of these codes."""
+    device = a.device.index or 0
+    return multiplies_int8(device) if a.dtype == torch.int8 else fp8_fits(device, *b.shape)
+
+
 @cache
 def _lowered(device: int) -> str:
     """Tell Inductor how the operator is launched; says of which version of the kernels it then keeps code."""

@@ -41,11 +41,16 @@ def _value(argument: Any) -> Any:
 
 def _launch_of(values: Operands, out_dtype: torch.dtype, few_rows: int) -> Callable[..., Any] | None:
     """What makes the launch of a product, or None where its operator has to be called."""
-    many = V.graph.sizevars.statically_known_gt(_size(values.rows), few_rows)
-    if not values.a.is_cuda or values.groups > 1 or not many:
+    a, rows, columns, sizes = values.a, _size(values.rows), values.b.shape[0], V.graph.sizevars
+    if not a.is_cuda or not cuda.multiplies(a, values.b):
         return None
-    if values.a.dtype == torch.int8:
-        return _tiles if cuda.multiplies_int8(values.a.device.index or 0) else None
+    if sizes.statically_known_leq(rows, few_rows):
+        group = columns // values.groups
+        return _few if group == columns or group % cuda.NARROWEST_TILE == 0 else None
+    if values.groups > 1 or not sizes.statically_known_gt(rows, few_rows):
+        return None
+    if a.dtype == torch.int8:
+        return _tiles
     return _row_wise if _fits_cublas(values, out_dtype) else None
 
 
@@ -54,8 +59,7 @@ def _fits_cublas(values: Operands, out_dtype: torch.dtype) -> bool:
     a, b, bias = values.a, values.b, values.bias
     numbers = values.start, values.channels.stop, a.stride(0), b.stride(0)
     return (
-        cuda.fp8_fits(a.device.index or 0, *b.shape)
-        and not values.is_dual
+        not values.is_dual
         and out_dtype == torch.bfloat16
         and (bias is None or bias.dtype == out_dtype)
         and all(isinstance(number, int) and number % cuda.FP8_MULTIPLE == 0 for number in numbers)
@@ -77,27 +81,49 @@ def _row_wise(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
 
 
 def _tiles(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
-    """A launch of the Triton kernel."""
+    """A launch of the Triton kernel of many rows."""
     values = Operands(*map(_as_read, values))
+    # How many there are decides for tiles alone, which are right for any number.
+    counted = values.rows if isinstance(values.rows, int) else values.rows.node.hint
+    tma = triton_gemm.fits_descriptors(values, out_dtype)
+    tiles = triton_gemm.fitting_tiles(counted, tma, values.is_dual)
+    grid, constants = triton_gemm.tiles_grid(values, tma)
+    return _triton(boxes, values, out_dtype, triton_gemm.tuned_over(tiles, few=False), grid, counted, constants)
+
+
+def _few(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
+    """A launch of the Triton kernel of few."""
+    values = Operands(*map(_as_read, values))
+    columns = values.b.shape[0]
+    group = columns // values.groups
+    kernel = triton_gemm.tuned_over(triton_gemm.fitting_few_rows(columns, group), few=True)
+    grid, constants = triton_gemm.few_rows_grid(values)
+    return _triton(boxes, values, out_dtype, kernel, grid, group, constants)
+
+
+def _triton(
+    boxes: Operands,
+    values: Operands,
+    out_dtype: torch.dtype,
+    kernel: Any,
+    grid: triton_gemm.Grid,
+    last: int,
+    constants: dict[str, Any],
+) -> Any:
+    """A launch of a tuned kernel on operands as it reads them; ``last`` is its last argument that is no constant."""
     given: dict[str, Any] = boxes._asdict()
     read: dict[str, Any] = {
         name: ir.ExternKernel.require_exact_strides(given[name], value.stride())
         for name, value in values._asdict().items()
         if isinstance(value, Tensor)
     }
-    rows, columns = _size(values.rows), values.b.shape[0]
-    # How many there are decides for tiles alone, which are right for any number.
-    counted = values.rows if isinstance(values.rows, int) else values.rows.node.hint
-    tma = triton_gemm.fits_descriptors(values, out_dtype)
-    tiles = triton_gemm.fitting_tiles(counted, tma, values.is_dual)
-    kernel = triton_gemm.tuned_over(tiles)
-    grid, constants = triton_gemm.tiles_grid(values, tma)
-    out = lowerings[aten.empty_strided.default]([rows, columns], [columns, 1], dtype=out_dtype, device=values.a.device)
+    size = [_size(values.rows), values.b.shape[0]]
+    out = lowerings[aten.empty_strided.default](size, [size[1], 1], dtype=out_dtype, device=values.a.device)
     tensors = triton_gemm.with_stand_ins(boxes._replace(**read), out)
-    numbers = map(_size, (*triton_gemm.numbers_of(values), counted))
+    numbers = map(_size, (*triton_gemm.numbers_of(values), last))
     ir.UserDefinedTritonKernel(
         kernel_idx=kernel_side_table.add_kernel(kernel),
-        grid=[tuple(map(_size, grid(config.kwargs))) for config in tiles],
+        grid=[tuple(map(_size, grid(config.kwargs))) for config in kernel.configs],
         tma_descriptor_metadata={},
         kernel_args=dict(zip(kernel.arg_names, (*tensors, *numbers), strict=False)) | constants,
     )

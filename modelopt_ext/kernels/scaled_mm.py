@@ -70,17 +70,14 @@ def scaled_mm(
         # Operators are for those who look at them. By itself one costs more time than a launch.
         return _product(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype)
     operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
-    lowered = ""
-    if groups == 1 and a.is_cuda and a.shape[0] > FEW_ROWS:
-        # Most of a step's launches. Those that the compiler's code makes by itself cost the host less than an operator
-        # in Python does.
-        lowered = cuda.lowered(a)
-        if a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
-            if size == a.shape[1]:
-                return cuda.fp8_gemm(operands, out_dtype)
-            # Copies of scales are made where the compiler can join them.
-            operands = cuda.for_scaled_mm(operands, out_dtype)
-    return torch.ops.segquant.scaled_mm(*operands, out_dtype, lowered)
+    many = operands.rows > FEW_ROWS
+    if many and groups == 1 and a.is_cuda and a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
+        if size == a.shape[1]:
+            return cuda.fp8_gemm(operands, out_dtype)
+        # Copies of scales are made where the compiler can join them.
+        operands = cuda.for_scaled_mm(operands, out_dtype)
+    # Launches that the compiler's code makes by itself cost the host less than an operator in Python does.
+    return torch.ops.segquant.scaled_mm(*operands, out_dtype, cuda.lowered(a) if a.is_cuda else "")
 
 
 def launches_directly() -> bool:
@@ -92,7 +89,7 @@ def launches_directly() -> bool:
 
 def _product_of(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     a, b, groups = operands.a, operands.b, operands.groups
-    if not a.is_cuda or not _fits_kernels(a, b, operands.size):
+    if not a.is_cuda or not cuda.multiplies(a, b):
         return reference(*operands).to(out_dtype)
     few = operands.rows <= FEW_ROWS and cuda.has_triton()
     if groups > 1 and not (few and (b.shape[0] // groups) % cuda.NARROWEST_TILE == 0):
@@ -100,13 +97,6 @@ def _product_of(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     if a.dtype == torch.int8 or few:
         return cuda.code_gemm(operands, out_dtype)
     return cuda.fp8_gemm(operands, out_dtype)
-
-
-def _fits_kernels(a: Tensor, b: Tensor, channels: int) -> bool:
-    """Whether a GPU has a fast product of these codes over so many channels."""
-    if a.dtype == torch.int8:
-        return cuda.multiplies_int8(a.device.index or 0)
-    return cuda.fp8_fits(a.device.index or 0, b.shape[0], channels)
 
 
 def _product(*arguments: Any) -> Tensor:

@@ -229,21 +229,23 @@ def _tiles(
                 tl.store(places, out, mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
-def _few_rows_configs() -> list[triton.Config]:
-    tiles = [(64, 256, 4, 5), (32, 512, 4, 4), (16, 512, 2, 5)]
-    return [
-        triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages) for n, k, warps, stages in tiles
-    ]
+FEW_ROWS_TILES = [
+    triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+    for n, k, warps, stages in ((64, 256, 4, 5), (32, 512, 4, 4), (16, 512, 2, 5))
+]
 
 
 def _dividing(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
+    return fitting_few_rows(named_args["N"], named_args["GROUP_COLUMNS"])
+
+
+def fitting_few_rows(columns: int, group: int) -> list[triton.Config]:
     """Tiles that lie in one group of columns each, the two widest: each that is tried takes a compilation."""
-    group, columns = named_args["GROUP_COLUMNS"], named_args["N"]
-    return [config for config in configs if group == columns or group % config.kwargs["BLOCK_N"] == 0][:2]
+    return [config for config in FEW_ROWS_TILES if group == columns or group % config.kwargs["BLOCK_N"] == 0][:2]
 
 
 @triton.autotune(
-    configs=_few_rows_configs(),
+    configs=FEW_ROWS_TILES,
     key=["N", "K", "GROUP_COLUMNS", "DUAL"],
     prune_configs_by={"early_config_prune": _dividing},
     cache_results=True,
@@ -456,9 +458,9 @@ def tiles_grid(operands: Operands, tma: bool, processors: int | None = None) -> 
     return grid, {"PROCESSORS": count, "PER_TOKEN": operands.scale_a.numel() > 1, "TMA": tma, **_switches(operands)}
 
 
-def tuned_over(tiles: list[triton.Config]) -> Any:
-    """The kernel of many rows with some tiles to choose from."""
-    return triton.autotune(configs=tiles, key=[])(_tiles.fn)
+def tuned_over(tiles: list[triton.Config], few: bool) -> Any:
+    """The kernel of few or of many rows with some tiles to choose from."""
+    return triton.autotune(configs=tiles, key=[])((_few_rows if few else _tiles).fn)
 
 
 def launch_few_rows(kernel: Any, operands: Operands, out_dtype: torch.dtype, key: Any = None, **tiles: int) -> Tensor:
@@ -474,16 +476,22 @@ def launch_few_rows(kernel: Any, operands: Operands, out_dtype: torch.dtype, key
     Returns:
         (M, N) in ``out_dtype``.
     """
+    columns = operands.b.shape[0]
+    out = torch.empty(operands.rows, columns, dtype=out_dtype, device=operands.a.device)
+    grid, switches = few_rows_grid(operands)
+    _launch(kernel, grid, operands, out, columns // operands.groups, switches, tiles, key)
+    return out
+
+
+def few_rows_grid(operands: Operands) -> tuple[Grid, dict[str, Any]]:
+    """:func:`tiles_grid` of the kernel of few rows."""
     rows, columns = operands.rows, operands.b.shape[0]
     own = TILE_ROWS // 2 if operands.is_dual else TILE_ROWS
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
         return _cdiv(columns, meta["BLOCK_N"]), _cdiv(rows, own), 1
 
-    out = torch.empty(rows, columns, dtype=out_dtype, device=operands.a.device)
-    switches = {"PER_TOKEN": operands.scale_a.numel() > operands.groups, **_switches(operands)}
-    _launch(kernel, grid, operands, out, columns // operands.groups, switches, tiles, key)
-    return out
+    return grid, {"PER_TOKEN": operands.scale_a.numel() > operands.groups, **_switches(operands)}
 
 
 def _cdiv(size: int, part: int) -> int:
@@ -548,18 +556,17 @@ def _tensors(operands: Operands, out: Tensor) -> tuple[Tensor, ...]:
 
 def with_stand_ins(operands: Operands, out: Any) -> tuple[Any, ...]:
     """What both kernels take first; absent tensors are replaced by others, which are not read."""
-    a, b = operands.a, operands.b
     return (
-        a,
+        operands.a,
         # Not a itself: a compiler would write it twice.
-        b if operands.a2 is None else operands.a2,
-        b,
+        operands.scale_b if operands.a2 is None else operands.a2,
+        operands.b,
         out,
         operands.scale_a,
         operands.scale_a if operands.scale_a2 is None else operands.scale_a2,
         operands.scale_b,
         operands.scale_b if operands.bias is None else operands.bias,
-        b if operands.sum_b is None else operands.sum_b,
+        operands.scale_b if operands.sum_b is None else operands.sum_b,
     )
 
 
