@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .operands import Operands
 
@@ -180,7 +181,11 @@ def _row_wise(operands: Operands, a: Tensor, scale_a: Tensor, bias: Tensor | Non
 
 
 def _part(x: Tensor, channels: slice) -> Tensor:
-    """Its channels, where they lie, or copied where rows would not start at multiples of 16 bytes."""
+    """Its channels, where they lie, or copied where rows would not start and end at multiples of 16 bytes."""
     part = x if channels == slice(0, x.shape[1]) else x[:, channels]
+    missing = -part.shape[1] % FP8_MULTIPLE
     fits = part.stride(1) == 1 and channels.start % FP8_MULTIPLE == 0 and part.stride(0) % FP8_MULTIPLE == 0
-    return part if fits else part.contiguous()
+    if fits and not missing:
+        return part
+    # Not every dtype of 8-bit floats can be padded.
+    return pad(part.view(torch.int8), (0, missing)).view(x.dtype) if missing else part.contiguous()
