@@ -138,6 +138,22 @@ def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: p
     assert [kernel.searches for kernel in kernels] == [searches * (rows == 3), searches * (rows == 100)]
 
 
+@pytest.mark.parametrize(
+    ("columns", "channels", "group", "expected"),
+    [
+        (18432, 3072, 18432, [64, 32]),
+        (18432, 3072, 32 * 9, [32, 16]),
+        (3072, 3072, 3072, [32]),
+        (1000, 256, 1000, [32]),  # one group need not be a multiple of anything
+        (96, 256, 48, [16]),
+    ],
+)
+def test_tiles_of_few_rows_lie_in_one_group(columns: int, channels: int, group: int, expected: list[int]) -> None:
+    """And only large weights are worth a search."""
+    tiles = triton_gemm.fitting_few_rows(columns, channels, group)
+    assert [tile.kwargs["BLOCK_N"] for tile in tiles] == expected
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["per-token", "static"])
 def test_no_rows_need_no_kernel(static: bool) -> None:
     x, b, scale_b = torch.empty(0, 64, device=DEVICE), codes(32, 64, 0), torch.rand(32, device=DEVICE)

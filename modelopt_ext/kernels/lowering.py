@@ -94,9 +94,9 @@ def _tiles(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
 def _few(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
     """A launch of the Triton kernel of few."""
     values = Operands(*map(_as_read, values))
-    columns = values.b.shape[0]
+    columns, channels = values.b.shape
     group = columns // values.groups
-    kernel = triton_gemm.tuned_over(triton_gemm.fitting_few_rows(columns, group), few=True)
+    kernel = triton_gemm.tuned_over(triton_gemm.fitting_few_rows(columns, channels, group), few=True)
     grid, constants = triton_gemm.few_rows_grid(values)
     return _triton(boxes, values, out_dtype, kernel, grid, group, constants)
 

@@ -229,6 +229,8 @@ def _tiles(
                 tl.store(places, out, mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
+# The widest are the fastest for some large weights, the next for all small ones.
+LARGE_WEIGHT = 20_000_000
 FEW_ROWS_TILES = [
     triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
     for n, k, warps, stages in ((64, 256, 4, 5), (32, 512, 4, 4), (16, 512, 2, 5))
@@ -236,12 +238,16 @@ FEW_ROWS_TILES = [
 
 
 def _dividing(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    return fitting_few_rows(named_args["N"], named_args["GROUP_COLUMNS"])
+    return fitting_few_rows(named_args["N"], named_args["K"], named_args["GROUP_COLUMNS"])
 
 
-def fitting_few_rows(columns: int, group: int) -> list[triton.Config]:
-    """Tiles that lie in one group of columns each, the two widest: each that is tried takes a compilation."""
-    return [config for config in FEW_ROWS_TILES if group == columns or group % config.kwargs["BLOCK_N"] == 0][:2]
+def fitting_few_rows(columns: int, channels: int, group: int) -> list[triton.Config]:
+    """Tiles that lie in one group of columns each: one for small weights, two to choose from for large ones.
+
+    Each that is tried takes a compilation.
+    """
+    fitting = [config for config in FEW_ROWS_TILES if group == columns or group % config.kwargs["BLOCK_N"] == 0]
+    return fitting[:2] if columns * channels >= LARGE_WEIGHT else fitting[-2:-1] or fitting
 
 
 @triton.autotune(
