@@ -14,11 +14,11 @@ from torch import fx
 
 from .. import kernels  # noqa: F401 (registers the operator)
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 # They take scales for each row.
 PRODUCTS = (aten._scaled_mm.default, torch.ops.segquant.scaled_mm.default)
-# Tensors up to which the compiler makes one kernel of cat().
+# Scales that one kernel chooses from for each value that it writes.
 TOGETHER = 8
 # Rows start at multiples of 128 bytes.
 MULTIPLE = 32
@@ -55,24 +55,26 @@ def _spread(graph: fx.Graph, copies: list[fx.Node]) -> None:
     """Replace copies of scales by columns of one tensor, a row for each, that follows the graph's inputs."""
     most = max(copy.meta["val"].shape[0] for copy in copies)
     width = -(-most // MULTIPLE) * MULTIPLE
-    last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    with graph.inserting_after(last_input):
-        anchor = graph.call_function(aten.cat.default, ([], 0))
-    with graph.inserting_before(anchor):
+    count, device = len(copies), copies[0].meta["val"].device
+    after_inputs = [node for node in graph.nodes if node.op == "placeholder"][-1].next
+    with graph.inserting_before(after_inputs):
         scales = []
         for copy in copies:
             expand: Any = copy.args[0]
             scale = expand.args[0]
             here = scale if scale.op == "placeholder" else graph.node_copy(scale)
             scales.append(graph.call_function(aten.reshape.default, (here, [1, 1])))
-    anchor.args = (scales, 0)
-    with graph.inserting_after(anchor):
-        wide = graph.call_function(aten.expand.default, (anchor, [len(copies), width]))
-    with graph.inserting_after(wide):
-        spread = graph.call_function(aten.clone.default, (wide,), {"memory_format": torch.contiguous_format})
+        # In full size: the compiler would make a kernel of its own of what is repeated afterwards.
+        kind = {"start": 0, "step": 1, "dtype": torch.int64, "device": device, "requires_grad": False}
+        row = graph.call_function(prims.iota.default, (count,), kind)
+        row = graph.call_function(aten.reshape.default, (row, [count, 1]))
+        spread = graph.call_function(aten.expand.default, (scales[0], [count, width]))
+        for index, scale in enumerate(scales[1:], start=1):
+            is_here = graph.call_function(aten.eq.Scalar, (row, index))
+            spread = graph.call_function(aten.where.self, (is_here, scale, spread))
     for index, copy in enumerate(copies):
         rows = copy.meta["val"].shape[0]
         with graph.inserting_before(copy):
             # Views that the compiler knows would be computed again, each by itself.
-            column = graph.call_function(aten.as_strided.default, (spread, [rows, 1], [1, 1], index * width))
-        copy.replace_all_uses_with(column)
+            part = graph.call_function(aten.as_strided.default, (spread, [rows, 1], [1, 1], index * width))
+        copy.replace_all_uses_with(part)

@@ -70,8 +70,7 @@ def scaled_mm(
         # Operators are for those who look at them. By itself one costs more time than a launch.
         return _product(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype)
     operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
-    many = operands.rows > FEW_ROWS
-    if many and groups == 1 and a.is_cuda and a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
+    if groups == 1 and a.is_cuda and a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
         if size == a.shape[1]:
             return cuda.fp8_gemm(operands, out_dtype)
         # Copies of scales are made where the compiler can join them.
