@@ -99,9 +99,7 @@ def _lowered(device: int) -> str:
     except ImportError as error:  # Inductor's own parts move
         logger.warning("segquant: compiled models call products as operators, which takes more of the host (%s)", error)
         return ""
-    from .scaled_mm import FEW_ROWS
-
-    lowering.register(torch.ops.segquant.scaled_mm.default, FEW_ROWS)
+    lowering.register(torch.ops.segquant.scaled_mm.default)
     files = (Path(__file__).with_name(name) for name in ("lowering.py", "triton_gemm.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 

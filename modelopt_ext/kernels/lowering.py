@@ -18,20 +18,21 @@ from torch._inductor.virtualized import V
 
 from . import cuda, triton_gemm
 from .operands import Operands
+from .scaled_mm import few_rows
 
 aten = torch.ops.aten
 
 
-def register(operator: torch._ops.OpOverload, few_rows: int) -> None:
-    """Teach Inductor an operator with :class:`Operands`, an output dtype and a text as arguments."""
-    fallback = fallback_handler(operator)
+def register(operator: torch._ops.OpOverload) -> None:
+    """Teach Inductor an operator that takes :class:`Operands`, the output's dtype, and what is of no use here."""
+    fallback, count = fallback_handler(operator), len(Operands._fields)
 
     @register_lowering(operator, type_promotion_kind=None)
     def _(*arguments: Any) -> Any:
-        boxes, out_dtype = Operands(*arguments[:-2]), arguments[-2]
+        boxes, out_dtype = Operands(*arguments[:count]), arguments[count]
         # The tensors that stand for them in the graph know their sizes and strides.
-        values = Operands(*map(_value, V.graph.current_node.args[:-2]))
-        launch = _launch_of(values, out_dtype, few_rows)
+        values = Operands(*map(_value, V.graph.current_node.args[:count]))
+        launch = _launch_of(values, out_dtype)
         return fallback(*arguments) if launch is None else launch(boxes, values, out_dtype)
 
 
@@ -39,15 +40,15 @@ def _value(argument: Any) -> Any:
     return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
 
-def _launch_of(values: Operands, out_dtype: torch.dtype, few_rows: int) -> Callable[..., Any] | None:
+def _launch_of(values: Operands, out_dtype: torch.dtype) -> Callable[..., Any] | None:
     """What makes the launch of a product, or None where its operator has to be called."""
     a, rows, columns, sizes = values.a, _size(values.rows), values.b.shape[0], V.graph.sizevars
     if not a.is_cuda or not cuda.multiplies(a, values.b):
         return None
-    if sizes.statically_known_leq(rows, few_rows):
+    if sizes.statically_known_leq(rows, few_rows(a.dtype)):
         group = columns // values.groups
         return _few if group == columns or group % cuda.NARROWEST_TILE == 0 else None
-    if values.groups > 1 or not sizes.statically_known_gt(rows, few_rows):
+    if values.groups > 1 or not sizes.statically_known_gt(rows, few_rows(a.dtype)):
         return None
     if a.dtype == torch.int8:
         return _tiles

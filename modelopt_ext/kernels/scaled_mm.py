@@ -17,8 +17,10 @@ from .operands import Operands
 
 # Sums of that many products of int8 codes stay below 2^24, where float32 counts in ones.
 EXACT_CHANNELS = 1024
-# Rows a group up to which a GPU is bound by reading the weight.
+# Rows a group up to which one kernel, which is bound by reading the weight, makes the products of all groups.
 FEW_ROWS = 64
+# With E4M3 codes cuBLAS is faster once those do not fit in one tile.
+FEW_ROWS_OF_E4M3 = 16
 
 
 def scaled_mm(
@@ -70,13 +72,19 @@ def scaled_mm(
         # Operators are for those who look at them. By itself one costs more time than a launch.
         return _product(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype)
     operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
-    if groups == 1 and a.is_cuda and a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
+    many = operands.rows > few_rows(a.dtype)
+    if many and groups == 1 and a.is_cuda and a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
         if size == a.shape[1]:
             return cuda.fp8_gemm(operands, out_dtype)
         # Copies of scales are made where the compiler can join them.
         operands = cuda.for_scaled_mm(operands, out_dtype)
     # Launches that the compiler's code makes by itself cost the host less than an operator in Python does.
     return torch.ops.segquant.scaled_mm(*operands, out_dtype, cuda.lowered(a) if a.is_cuda else "")
+
+
+def few_rows(codes: torch.dtype) -> int:
+    """Rows a group up to which the kernel of few rows is the fastest."""
+    return FEW_ROWS if codes == torch.int8 else FEW_ROWS_OF_E4M3
 
 
 def launches_directly() -> bool:
@@ -90,7 +98,7 @@ def _product_of(operands: Operands, out_dtype: torch.dtype) -> Tensor:
     a, b, groups = operands.a, operands.b, operands.groups
     if not a.is_cuda or not cuda.multiplies(a, b):
         return reference(*operands).to(out_dtype)
-    few = operands.rows <= FEW_ROWS and cuda.has_triton()
+    few = operands.rows <= few_rows(a.dtype) and cuda.has_triton()
     if groups > 1 and not (few and (b.shape[0] // groups) % cuda.NARROWEST_TILE == 0):
         return torch.cat([_product_of(part, out_dtype) for part in operands.by_group()], dim=1)
     if a.dtype == torch.int8 or few:
