@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import modelopt_ext
 from modelopt_ext import PackedLinear, PackedSpec, SegLinear
-from modelopt_ext.kernels import scaled_mm
+from modelopt_ext.kernels import cuda, scaled_mm
 from modelopt_ext.nn.packed import pack_int4, unpack_int4
 from modelopt_ext.presets import PER_TOKEN, PRESETS, linear_only
 
@@ -376,6 +376,29 @@ def test_scaled_mm_is_exact_for_integers() -> None:
     scales, bias = torch.rand(33, 1), torch.randn(17)
     found = scaled_mm(a, b, scales, torch.arange(17.0), bias, out_dtype=torch.bfloat16)
     assert torch.equal(found, (exact.float() * scales * torch.arange(17.0) + bias).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("start", "stop", "size"), [(16, 48, 32), (0, 120, 128), (120, 128, 16), (120, 136, 16)])
+def test_parts_for_cublas_are_aligned_and_padded(start: int, stop: int, size: int) -> None:
+    x = torch.randn(4, 144).to(torch.float8_e4m3fn)
+    part = cuda._part(x, slice(start, stop))
+    assert part.shape == (4, size)
+    assert part.stride(0) % 16 == part.data_ptr() % 16 == 0
+    assert torch.equal(part[:, : stop - start].float(), x[:, start:stop].float())
+    assert not part[:, stop - start :].float().any()
+    assert (part.data_ptr() == x.data_ptr() + start) == (start % 16 == stop % 16 == 0)
+
+
+def test_any_batch_can_be_exported() -> None:
+    """What is chosen by the rows on a GPU binds nobody elsewhere."""
+
+    class Product(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, one: Tensor, scale: Tensor) -> Tensor:
+            return scaled_mm(a, b, one, scale)
+
+    inputs = torch.ones(40, 8, dtype=torch.int8), torch.ones(6, 8, dtype=torch.int8), torch.ones(1, 1), torch.ones(6)
+    exported = torch.export.export(Product(), inputs, dynamic_shapes=({0: torch.export.Dim("rows")}, None, None, None))
+    assert exported.module()(torch.ones(200, 8, dtype=torch.int8), *inputs[1:]).shape == (200, 6)
 
 
 def test_scaled_mm_passes_torchs_operator_checks() -> None:

@@ -91,7 +91,7 @@ def multiplies(a: Tensor, b: Tensor) -> bool:
 
 @cache
 def _lowered(device: int) -> str:
-    """Tell Inductor how the operator is launched; says of which version of the kernels it then keeps code."""
+    """Tell Inductor how to launch the operator. Returns what its cached code depends on: a version of the kernels."""
     if not multiplies_int8(device):
         return ""
     try:
@@ -116,7 +116,7 @@ def _fp8_fits_here(device: int, rows: int, channels: int) -> bool:
 
 
 def lowered(a: Tensor) -> str:
-    """What a compiler has to be told with a product of codes ``a`` on a GPU."""
+    """The operator's last argument for codes ``a`` on a GPU: Inductor does not take up code of other kernels then."""
     return _lowered_here(a.device.index or 0)
 
 

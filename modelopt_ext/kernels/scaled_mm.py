@@ -1,8 +1,8 @@
 """The product of two matrices of 8-bit codes, scaled on the way out: :func:`scaled_mm`.
 
 :func:`reference` runs on every device and defines the numbers; :mod:`.cuda` has fast products for GPUs. Who traces or
-compiles sees one node with a schema, the operator ``segquant::scaled_mm``, and not what is chosen behind it, but for
-products of many rows on a GPU.
+compiles sees one node with a schema, the operator ``segquant::scaled_mm``, and not what is chosen behind it;
+:mod:`.lowering` tells Inductor. Only E4M3 products of many rows are ``aten::_scaled_mm`` to everybody on a GPU.
 """
 
 from __future__ import annotations
@@ -72,14 +72,15 @@ def scaled_mm(
         # Operators are for those who look at them. By itself one costs more time than a launch.
         return _product(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size, out_dtype)
     operands = Operands(a, b, scale_a, scale_b, bias, zero, sum_b, a2, scale_a2, sign, groups, start, size)
-    many = operands.rows > few_rows(a.dtype)
-    if many and groups == 1 and a.is_cuda and a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
+    if not a.is_cuda:
+        return torch.ops.segquant.scaled_mm(*operands, out_dtype)
+    many = operands.rows > few_rows(a.dtype)  # asked on GPUs only: whoever compiles is bound to the answer
+    if many and groups == 1 and a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
         if size == a.shape[1]:
             return cuda.fp8_gemm(operands, out_dtype)
         # Copies of scales are made where the compiler can join them.
         operands = cuda.for_scaled_mm(operands, out_dtype)
-    # Launches that the compiler's code makes by itself cost the host less than an operator in Python does.
-    return torch.ops.segquant.scaled_mm(*operands, out_dtype, cuda.lowered(a) if a.is_cuda else "")
+    return torch.ops.segquant.scaled_mm(*operands, out_dtype, cuda.lowered(a))
 
 
 def few_rows(codes: torch.dtype) -> int:
