@@ -177,7 +177,8 @@ class SegQuantCalibConfig(QuantizeAlgorithmConfig):
         title="Extra multiply-adds that polarity='auto' may spend on splitting by sign.",
         description=(
             "A share of the multiply-adds of all quantized Linears over the calibration data. It goes to the smallest "
-            "Linears first: AdaLN, embedders and the last projection, where splitting helps most and costs least."
+            "Linears first: AdaLN, embedders and the last projection, where splitting helps most and costs least. "
+            "Linears at one place of repeated blocks get it together, or none does."
         ),
     )
     rotate: bool | Literal["search"] = ModeloptField(
