@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "w4a8": linear_only({"num_bits": 4, "axis": 0}, {"num_bits": 8, **PER_TOKEN}, **NO_SEARCH),
 }
 PEERS = ("torchao-int8", "torchao-fp8", "modelopt-fp8")
-INT_MM_ROWS = 16
+INT_MM_ROWS = 16  # that torch._int_mm refuses
 # In full precision as others compile it, and with the options that ours are compiled with.
 WAYS = ("bf16", "bf16-options", *CONFIGS, *PEERS)
 
@@ -99,7 +99,7 @@ def prepare(way: str, model: nn.Module, data: Sequence[Call]) -> nn.Module:
 
 @torch.no_grad()
 def linears_of_many_rows(model: nn.Module, call: Call) -> set[str]:
-    """Those that ``torch._int_mm``, which takes more than 16 rows, can multiply: not AdaLN's, for example."""
+    """Those whose inputs ``torch._int_mm`` takes: not AdaLN's, for example."""
     found = set()
 
     def look(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

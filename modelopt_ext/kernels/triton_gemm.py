@@ -7,7 +7,7 @@ Two kernels:
   in the L2 cache. The loop over tiles and the one over channels are flattened into one, so that the loads of the next
   tile run under the epilogue of this one; with two small programs on each multiprocessor, one multiplies while the
   other writes. The epilogue goes in two halves, which keeps its registers low enough for that.
-- :func:`_few_rows`, for up to about :data:`FEW_ROWS` rows, where all that counts is how fast the weight is read. The
+- :func:`_few_rows`, for as few rows as :func:`few_rows` says, where all that counts is how fast the weight is read. The
   smallest tile of the matrix units has 16 rows anyway, so both signs of a split segment (arXiv 2507.14811, DualScale)
   share one tile, and the second product costs nothing.
 
@@ -456,11 +456,11 @@ def tiles_grid(operands: Operands, tma: bool, processors: int | None = None) -> 
     """
     rows, columns = operands.rows, operands.b.shape[0]
     count = processors or processor_count(operands.a.device)
+    least = min if isinstance(rows, int) else torch.sym_min
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
         return (least(count * meta["PER_SM"], _cdiv(rows, meta["BLOCK_M"]) * _cdiv(columns, meta["BLOCK_N"])), 1, 1)
 
-    least = min if isinstance(rows, int) else torch.sym_min
     return grid, {"PROCESSORS": count, "PER_TOKEN": operands.scale_a.numel() > 1, "TMA": tma, **_switches(operands)}
 
 

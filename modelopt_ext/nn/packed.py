@@ -42,7 +42,7 @@ from torch.nn.functional import linear, pad
 from ..formats import QuantFormat
 from ..kernels import quantize, scaled_mm
 from ..kernels.rounding import Quantized, offset_of, rounded, smoothed
-from ..kernels.scaled_mm import FEW_ROWS
+from ..kernels.scaled_mm import few_rows
 from .layout import SPLIT_BY_SIGN, SegLayout
 from .rotation import rotate, rotate_segments
 
@@ -324,7 +324,8 @@ class PackedLinear(nn.Linear):
         """Products of codes by codes, without the branch: (M, N) in ``dtype``."""
         groups = len(self.spec.layout.out_groups)
         equal = len(set(self.spec.layout.out_groups)) == 1
-        if groups == 1 or (equal and x.shape[0] <= FEW_ROWS):
+        kind = torch.float8_e4m3fn if self.spec.weights == "float8_e4m3fn" else torch.int8
+        if groups == 1 or (equal and x.shape[0] <= few_rows(kind)):
             # Few rows: one launch for all groups, which is what their time is.
             return self._product(x, slice(0, groups), slice(0, self.out_features), dtype)
         parts = [
