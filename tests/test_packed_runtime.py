@@ -27,7 +27,7 @@ from modelopt_ext import PackedLinear
 from modelopt_ext.formats import QuantFormat
 from modelopt_ext.kernels import cuda, rounding
 from modelopt_ext.kernels.operands import Operands
-from modelopt_ext.kernels.scaled_mm import FEW_ROWS_OF_E4M3, _product_of, launches_directly, scaled_mm
+from modelopt_ext.kernels.scaled_mm import _product_of, few_rows, launches_directly, scaled_mm
 from modelopt_ext.nn import SegLayout
 from modelopt_ext.nn.alike import make_alike
 from modelopt_ext.nn.packed import PackedSpec
@@ -250,7 +250,7 @@ def test_a_compiler_writes_codes_once(codes: Any) -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "any-size"])
-@pytest.mark.parametrize("sizes", [(200, 1100), (3, 8)], ids=["many", "few"])
+@pytest.mark.parametrize("sizes", [(200, 1100), (20, 60), (3, 8)], ids=["many", "between", "few"])
 @pytest.mark.parametrize(
     ("codes", "segments", "polarity", "expected"),
     [
@@ -266,7 +266,8 @@ def test_compiled_code_launches_by_itself(
     codes: Any, segments: tuple[int, ...], polarity: str, expected: str, sizes: tuple[int, int], dynamic: bool
 ) -> None:
     """But for parts that have to be copied."""
-    expected = "_few_rows" if max(sizes) <= FEW_ROWS_OF_E4M3 else expected
+    kind = torch.int8 if codes == "int8" else torch.float8_e4m3fn
+    expected = "_few_rows" if max(sizes) <= few_rows(kind) else expected
     torch.manual_seed(0)
     layout = SegLayout(segments, (48,), (48,), (polarity,) * len(segments))
     layer = PackedLinear(PackedSpec(layout, codes, activations=codes), dtype=torch.bfloat16, device=DEVICE)
