@@ -252,24 +252,32 @@ def test_a_compiler_writes_codes_once(codes: Any) -> None:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "any-size"])
 @pytest.mark.parametrize("sizes", [(200, 1100), (20, 60), (3, 8)], ids=["many", "between", "few"])
 @pytest.mark.parametrize(
-    ("codes", "segments", "polarity", "expected"),
+    ("codes", "segments", "groups", "polarity", "expected"),
     [
-        ("int8", (128,), "none", "_tiles"),
-        ("int8", (64, 64), "none", "_tiles"),
-        ("int8", (128,), "dual8", "_tiles"),
-        ("float8_e4m3fn", (128,), "none", "extern_kernels._scaled_mm"),
-        ("float8_e4m3fn", (64, 64), "none", "extern_kernels._scaled_mm"),
-        ("float8_e4m3fn", (120, 8), "none", "segquant.scaled_mm"),
+        ("int8", (128,), (48,), "none", "_tiles"),
+        ("int8", (64, 64), (48,), "none", "_tiles"),
+        ("int8", (128,), (48,), "dual8", "_tiles"),
+        ("int8", (128,), (32, 16), "none", "_tiles"),
+        ("float8_e4m3fn", (128,), (48,), "none", "extern_kernels._scaled_mm"),
+        ("float8_e4m3fn", (64, 64), (48,), "none", "extern_kernels._scaled_mm"),
+        ("float8_e4m3fn", (128,), (32, 16), "none", "extern_kernels._scaled_mm"),
+        ("float8_e4m3fn", (120, 8), (48,), "none", "segquant.scaled_mm"),
     ],
 )
 def test_compiled_code_launches_by_itself(
-    codes: Any, segments: tuple[int, ...], polarity: str, expected: str, sizes: tuple[int, int], dynamic: bool
+    codes: Any,
+    segments: tuple[int, ...],
+    groups: tuple[int, ...],
+    polarity: str,
+    expected: str,
+    sizes: tuple[int, int],
+    dynamic: bool,
 ) -> None:
     """But for parts that have to be copied."""
     kind = torch.int8 if codes == "int8" else torch.float8_e4m3fn
     expected = "_few_rows" if max(sizes) <= few_rows(kind) else expected
     torch.manual_seed(0)
-    layout = SegLayout(segments, (48,), (48,), (polarity,) * len(segments))
+    layout = SegLayout(segments, groups, groups, (polarity,) * len(segments))
     layer = PackedLinear(PackedSpec(layout, codes, activations=codes), dtype=torch.bfloat16, device=DEVICE)
     for tensor in (*layer.parameters(), *layer.buffers()):
         tensor.data.fill_(0.1)

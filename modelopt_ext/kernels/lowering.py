@@ -78,7 +78,11 @@ def _row_wise(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
     columns = lowerings[aten.permute.default](part(boxes.b, values.b), [1, 0])
     scale_b = lowerings[aten.view.default](boxes.scale_b, [1, values.b.shape[0]])
     rows, scale_a = part(boxes.a, values.a), boxes.scale_a
-    return lowerings[aten._scaled_mm.default](rows, columns, scale_a, scale_b, boxes.bias, None, out_dtype, True)
+    bias = boxes.bias
+    if bias is not None and isinstance(bias.data, ir.BaseView):
+        # Inductor takes it for all of the tensor that it is a part of.
+        bias = ir.ExternKernel.copy_input(bias)
+    return lowerings[aten._scaled_mm.default](rows, columns, scale_a, scale_b, bias, None, out_dtype, True)
 
 
 def _tiles(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:

@@ -57,7 +57,7 @@ def scaled_mm(
         sign: 1 or -1, for its product.
         groups: G, which divides M and N.
         segment: the channels to multiply, from start to stop; all by default. Matrices that come whole need no copy of
-            a part, and the compiler rounds all of a row at once.
+            a part, and the compiler rounds all of a row at once. To be said, too, where operands are views of parts.
         out_dtype: float32 by default.
 
     Returns:
@@ -76,7 +76,7 @@ def scaled_mm(
         return torch.ops.segquant.scaled_mm(*operands, out_dtype)
     many = operands.rows > few_rows(a.dtype)  # asked on GPUs only: whoever compiles is bound to the answer
     if many and groups == 1 and a.dtype != torch.int8 and a2 is None and cuda.compiles_fp8(a, b):
-        if size == a.shape[1]:
+        if segment is None:
             return cuda.fp8_gemm(operands, out_dtype)
         # Copies of scales are made where the compiler can join them.
         operands = cuda.for_scaled_mm(operands, out_dtype)

@@ -338,7 +338,8 @@ class PackedLinear(nn.Linear):
         """What some output groups give, which are the outputs ``rows``: (M, rows) in ``dtype``."""
         layout, weight, scales, sums = self.spec.layout, self.codes(), self.weight_scale, self.weight_sum
         bias: Tensor | None = self.bias
-        if rows.stop - rows.start < self.out_features:
+        some = rows.stop - rows.start < self.out_features
+        if some:
             weight, scales = weight[rows], scales[rows]
             bias, sums = None if bias is None else bias[rows], None if sums is None else sums[rows]
         activations = self._quantize(x, groups)
@@ -365,7 +366,7 @@ class PackedLinear(nn.Linear):
                 scale_a2=activations.negative_scales[segment] if split and activations.negative_scales else None,
                 sign=-1 if unsigned else 1,
                 groups=groups.stop - groups.start,
-                segment=columns if last else None,
+                segment=columns if last or some else None,
                 out_dtype=part_dtype,
             )
             total = product if total is None else total + product
