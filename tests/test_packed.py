@@ -352,14 +352,19 @@ def test_an_input_of_another_width_is_refused(activation: dict[str, Any], channe
         packed(wrong)
 
 
-@pytest.mark.parametrize("activation", [STATIC, {"num_bits": 8, **PER_TOKEN}], ids=["static", "per token"])
-def test_gradients_through_codes_are_refused(activation: dict[str, Any]) -> None:
-    _, packed, x = single(linear_only(INT8, activation))
-    found = packed(x.clone().requires_grad_())
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("bits", [8, (4, 3)], ids=["int8", "fp8"])
+@pytest.mark.parametrize("scales", [STATIC, PER_TOKEN], ids=["static", "per token"])
+def test_gradients_through_codes_are_refused(scales: dict[str, Any], bits: Any, compiled: bool) -> None:
+    _, packed, x = single(linear_only({**INT8, "num_bits": bits}, {**scales, "num_bits": bits}))
+    run = torch.compile(packed, backend="aot_eager", fullgraph=True) if compiled else packed
+    adapted = x.clone().requires_grad_()
+    found = run(adapted)
     assert torch.equal(found, packed(x))
     found += 1
+    # What goes around it has a gradient.
     with pytest.raises(RuntimeError, match="packed Linears are for inference"):
-        found.sum().backward()
+        (found.sum() + adapted.sum()).backward()
 
 
 def test_scaled_mm_is_exact_for_integers() -> None:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from ..formats import QuantFormat
 from ..kernels import quantize, scaled_mm
 from ..kernels.rounding import Quantized, offset_of, rounded, smoothed
 from ..kernels.scaled_mm import few_rows
+from .gradients import refuse_gradients
 from .layout import SPLIT_BY_SIGN, SegLayout
 from .rotation import rotate, rotate_segments
 
@@ -151,22 +152,6 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _of_groups(table: Tensor | None, groups: slice) -> Tensor | None:
     """Rows of a table with one for each output group."""
     return table if table is None or groups.stop - groups.start == len(table) else table[groups]
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """An output of codes: who asks for its gradient gets an error, not what happens to arrive by branch and scales."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, input: Tensor) -> Tensor:
-        ctx.mark_dirty(output)  # it is nobody else's, so that the result is no view and may be changed in place
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
-        raise RuntimeError(
-            "packed Linears are for inference: rounding to codes has no gradient; train the model, or adapters on it, "
-            "before compress, or run under torch.no_grad()"
-        )
 
 
 class PackedLinear(nn.Linear):
@@ -307,9 +292,7 @@ class PackedLinear(nn.Linear):
         if self.low_rank_up is not None:
             output = output + self._branch(x)
         output = _as(output, dtype).reshape(*input.shape[:-1], self.out_features)
-        if self.spec.activations and input.requires_grad and torch.is_grad_enabled():
-            return output if torch.compiler.is_compiling() else _WithoutGradient.apply(output.detach(), input)
-        return output
+        return refuse_gradients(output, input) if self.spec.activations else output
 
     @staticmethod
     def _sum_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
