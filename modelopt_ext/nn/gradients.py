@@ -1,7 +1,7 @@
 """Outputs of codes have no gradient: who asks for one gets an error, in a compiled model as well.
 
 What would arrive otherwise is the gradient by low-rank branch and scales, or none: adapters in front of a packed Linear
-would be trained by what goes around it. An operator says so, because a compiler traces backward functions ahead of time.
+would be trained by what goes around it. An operator raises, because compilers trace backward functions ahead of time.
 """
 
 from __future__ import annotations
