@@ -12,6 +12,7 @@ E2M1 in groups of 16 channels, each with an E4M3 scale relative to one scale of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
@@ -162,12 +163,16 @@ def row_amax(x: Tensor, fmt: QuantFormat) -> Tensor:
         () float32 with one scale for all (NVFP4: the scale of the tensor), (rows, 1) per row, or, with groups,
         (rows, channels), equal inside a group.
     """
-    magnitude = x.abs()
     if fmt.per_row:
-        return magnitude.amax(dim=-1, keepdim=True)
+        return _largest_magnitude(x, dim=-1, keepdim=True)
     if fmt.group is None or fmt.is_nvfp4:
-        return magnitude.amax()
-    return magnitude.unflatten(-1, (-1, fmt.group)).amax(dim=-1).repeat_interleave(fmt.group, dim=-1)
+        return _largest_magnitude(x)
+    return _largest_magnitude(x.unflatten(-1, (-1, fmt.group)), dim=-1).repeat_interleave(fmt.group, dim=-1)
+
+
+def _largest_magnitude(x: Tensor, **dims: Any) -> Tensor:
+    """Looking for both ends takes less than a copy of all magnitudes does."""
+    return torch.maximum(x.amax(**dims), -x.amin(**dims))
 
 
 def stored_amax(amax: Tensor, fmt: QuantFormat) -> Tensor:
@@ -203,11 +208,12 @@ def quantize_dequantize(x: Tensor, amax: Tensor, fmt: QuantFormat) -> Tensor:
         return _round_nvfp4(x, amax)
     zero = amax <= SMALLEST_AMAX
     scale = fmt.max_code / torch.where(zero, torch.ones_like(amax), amax)
+    scaled = x * torch.where(zero, torch.zeros_like(scale), scale)
     if fmt.is_integer:
-        rounded = (x * scale).round_().clamp_(fmt.min_code, fmt.max_code)
+        rounded = scaled.round_().clamp_(fmt.min_code, fmt.max_code)
     else:
-        rounded = (x * scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype)
-    return torch.where(zero, torch.zeros_like(rounded), rounded / scale)
+        rounded = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype)
+    return rounded.div_(scale)
 
 
 def _round_nvfp4(x: Tensor, amax: Tensor) -> Tensor:

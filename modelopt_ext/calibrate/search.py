@@ -150,8 +150,8 @@ def round_weight(weight: Tensor, segments: Sequence[int], fmt: QuantFormat | Non
     """Round W (n, k), each of ``segments`` (sizes along n) with its own scales."""
     if fmt is None:
         return weight
-    parts = weight.split(list(segments))
-    return torch.cat([quantize_dequantize(part, row_amax(part, fmt), fmt) for part in parts])
+    rounded = [quantize_dequantize(part, row_amax(part, fmt), fmt) for part in weight.split(list(segments))]
+    return rounded[0] if len(rounded) == 1 else torch.cat(rounded)
 
 
 def solve_linear(
@@ -487,19 +487,21 @@ def _try_treatment(
     def clipped(static: tuple[Tensor, ...], clip: float) -> tuple[Tensor, ...]:
         return tuple(options.stored(amax * clip) for amax in static)
 
-    def noise_of(part: Tensor, sizes: Sequence[int], alpha: float | None, clips: Sequence[float]) -> list[Tensor]:
+    def noise_of(
+        part: Tensor, references: list[Tensor], sizes: Sequence[int], alpha: float | None, clips: Sequence[float]
+    ) -> list[Tensor]:
         """Squared output error on all folds, by group of rows, for every clipping ratio."""
         noise = torch.zeros(len(clips), GROUPS, device=part.device)
-        for fold in shifted:
+        for fold, reference in zip(shifted, references, strict=True):
             scale, static = fit(fold.range, part, alpha)
             z = rotate(fold.rows / scale, treatment.rotation)
             smoothed = rotate(part * scale, treatment.rotation)
-            rounded, reference = round_weight(smoothed, sizes, weight_format), fold.rows @ part.T
+            rounded = round_weight(smoothed, sizes, weight_format)
             for index, clip in enumerate(clips):
                 codes = z
                 if input_format is not None:
                     codes = round_input(z, treatment.polarity, input_format, clipped(static, clip) or None)
-                noise[index].index_add_(0, fold.groups, (codes @ rounded.T - reference).square().sum(dim=1))
+                noise[index].index_add_(0, fold.groups, (codes @ rounded.T).sub_(reference).square_().sum(dim=1))
         return list(noise.cpu())
 
     choice = _Choice(treatment, shift=shift_for(whole))
@@ -509,9 +511,12 @@ def _try_treatment(
     for sizes, part in zip(groups, weight.split([sum(sizes) for sizes in groups]), strict=True):
         # The signal is the whole output, shift included, or shifted segments would look worse than they are.
         choice.signal += sum(float((fold.rows @ part.T).square().sum()) for fold in folds)
+        references = [fold.rows @ part.T for fold in shifted]
         # One after the other: trying every pair took four times as long on a trained model and came out no better.
-        alpha, noise = least((alpha, noise_of(part, sizes, alpha, clips[:1])[0]) for alpha in options.alphas)
-        clip, noise = least(zip(clips, (noise, *noise_of(part, sizes, alpha, clips[1:])), strict=True))
+        alpha, noise = least(
+            (alpha, noise_of(part, references, sizes, alpha, clips[:1])[0]) for alpha in options.alphas
+        )
+        clip, noise = least(zip(clips, (noise, *noise_of(part, references, sizes, alpha, clips[1:])), strict=True))
         choice.noise += noise
         choice.alphas += (alpha,)
         scale, static = fit(whole.range - choice.shift, part, alpha)
