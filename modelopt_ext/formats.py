@@ -202,7 +202,7 @@ def quantize_dequantize(x: Tensor, amax: Tensor, fmt: QuantFormat) -> Tensor:
         fmt: the format.
 
     Returns:
-        (rows, channels), float32. Where ``amax`` is (nearly) zero the result is zero.
+        (rows, channels), float32. Where ``amax`` is (nearly) zero the result of finite values is zero.
     """
     if fmt.is_nvfp4:
         return _round_nvfp4(x, amax)

@@ -57,7 +57,8 @@ def scaled_mm(
         sign: 1 or -1, for its product.
         groups: G, which divides M and N.
         segment: the channels to multiply, from start to stop; all by default. Matrices that come whole need no copy of
-            a part, and the compiler rounds all of a row at once. To be said, too, where operands are views of parts.
+            a part, and the compiler rounds all of a row at once. Give it, too, where weight and bias are parts,
+            or Inductor takes such a bias for all of its tensor.
         out_dtype: float32 by default.
 
     Returns:
