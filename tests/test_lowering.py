@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelopt_ext.kernels import cuda
 from modelopt_ext.kernels.operands import Operands
+from modelopt_ext.kernels.scaled_mm import scaled_mm
 
 lowering: Any = pytest.importorskip("modelopt_ext.kernels.lowering", reason="Triton is not installed")
 
@@ -57,3 +60,28 @@ def test_what_a_product_becomes(
         with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
             launch = lowering._launch_of(values, given["out_dtype"])
     assert (launch and launch.__name__) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not hasattr(triton_kernel_wrap, lowering.FINDS_WRITTEN), reason="this PyTorch asks for more")
+def test_inductor_finds_what_the_kernels_are_said_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    find, found = getattr(triton_kernel_wrap, lowering.FINDS_WRITTEN), []
+
+    def note(*arguments: Any) -> Any:
+        found.append(find(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(triton_kernel_wrap, lowering.FINDS_WRITTEN, note)
+    monkeypatch.setattr(lowering, "_known_to_write", lambda _: nullcontext())
+    b, scale_b = torch.ones(32, 64, dtype=torch.int8, device="cuda"), torch.ones(32, device="cuda")
+    one = torch.ones(1, 1, device="cuda")
+
+    def products(*codes: torch.Tensor) -> list[torch.Tensor]:
+        alone = [scaled_mm(a, b, one, scale_b) for a in codes]
+        return alone + [scaled_mm(a, b, one, scale_b, a2=a, scale_a2=one) for a in codes]
+
+    codes = [torch.ones(rows, 64, dtype=torch.int8, device="cuda") for rows in (2, 100)]
+    outputs = torch.compile(products, fullgraph=True)(*codes)
+    assert found == [[lowering.OUTPUT]] * 4
+    assert all(torch.equal(x, y) for x, y in zip(outputs, products(*codes), strict=True))

@@ -117,16 +117,21 @@ def test_a_segment_of_strided_operands_and_half_precision_output() -> None:
     assert torch.equal(launch_few_rows(_few_rows.fn, operands, torch.float16, **FEW), expected)
 
 
+@pytest.mark.parametrize("choices", [1, 2])
 @pytest.mark.parametrize(("rows", "groups"), [(3, 2), (100, 1)])
-def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_chosen_by_the_rows(
+    rows: int, groups: int, choices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And tuned where there are several tiles to choose from."""
     a, b = codes(groups * rows, 64, 0), codes(groups * 32, 64, 1)
     scale, scale_b = torch.rand(groups, 1, device=DEVICE), torch.rand(groups * 32, device=DEVICE)
     operands = Operands(a.t().contiguous().t(), b, scale, scale_b, groups=groups, size=64)
 
     tiles = {name: size for name, size in TILES.items() if name != "processors"}
     kernels = _WithTiles(_few_rows.fn, FEW), _WithTiles(_tiles.fn, tiles)
-    monkeypatch.setattr(triton_gemm, "_few_rows", kernels[0])
-    monkeypatch.setattr(triton_gemm, "_tiles", kernels[1])
+    for name, fitting, kernel in zip(("_few_rows", "_tiles"), ("few_rows", "tiles"), kernels, strict=True):
+        monkeypatch.setattr(triton_gemm, name, kernel)
+        monkeypatch.setattr(triton_gemm, f"fitting_{fitting}", lambda *_, found=kernel: [found.best_config] * choices)
     monkeypatch.setattr(triton_gemm, "_AGAIN", {})
     if not HAS_GPU:
         monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
@@ -134,8 +139,25 @@ def test_the_kernel_is_chosen_by_the_rows(rows: int, groups: int, monkeypatch: p
         found = triton_gemm.launch_gemm(operands._replace(a=codes_of_a), torch.float32)
         torch.testing.assert_close(found, reference(*operands), rtol=1e-5, atol=1e-2)
     # What was copied to be launched is not kept, and Triton's interpreter leaves nothing to launch again.
-    searches = 2 if HAS_GPU else 3
-    assert [kernel.searches for kernel in kernels] == [searches * (rows == 3), searches * (rows == 100)]
+    used, unused = kernels if rows == 3 else reversed(kernels)
+    assert used.launches == [choices > 1] * (2 if HAS_GPU else 3)
+    assert unused.launches == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dual", "expected"),
+    [
+        (64, 9216, False, [64]),
+        (512, 3072, False, [64]),  # one round of either
+        (1024, 3072, False, [128]),  # two rounds of small tiles
+        (512, 9216, False, [128, 64]),  # three, and two of large ones
+        (1025, 1280, False, [128]),
+        (512, 3072, True, [128]),
+    ],
+)
+def test_tiles_of_many_rows_keep_all_processors_busy(rows: int, columns: int, dual: bool, expected: list[int]) -> None:
+    tiles = triton_gemm.fitting_tiles(rows, columns, 132, True, dual)
+    assert [tile.kwargs["BLOCK_M"] for tile in tiles] == expected
 
 
 @pytest.mark.parametrize(
@@ -208,15 +230,25 @@ def test_kernels_run_on_the_device_of_their_operands(monkeypatch: pytest.MonkeyP
 
 
 class _WithTiles:
-    """A tuned kernel that finds tiles of given sizes."""
+    """A tuned kernel that finds tiles of given sizes, and the bare one in it. Notes which of them is launched."""
 
     def __init__(self, kernel: Any, sizes: dict[str, int]) -> None:
-        self.fn, self.arg_names, self.best_config = kernel, kernel.arg_names, triton.Config(sizes)
-        self.searches = 0
+        self.kernel, self.arg_names, self.best_config = kernel, kernel.arg_names, triton.Config(sizes)
+        self.launches: list[bool] = []
+        self.fn = _Bare(self)
 
     def __getitem__(self, grid: Any) -> Any:
-        self.searches += 1
-        return partial(self.fn[grid], **self.best_config.all_kwargs())
+        self.launches.append(True)
+        return partial(self.kernel[grid], **self.best_config.all_kwargs())
+
+
+class _Bare:
+    def __init__(self, tuned: _WithTiles) -> None:
+        self.tuned, self.arg_names = tuned, tuned.arg_names
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.tuned.launches.append(False)
+        return self.tuned.kernel[grid]
 
 
 def mostly_equal(found: Tensor, expected: Tensor) -> bool:

@@ -6,12 +6,14 @@ call in a model, 0.07 s each. Here it does so once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
@@ -21,6 +23,9 @@ from .operands import Operands
 from .scaled_mm import few_rows
 
 aten = torch.ops.aten
+
+OUTPUT = "out_ptr"  # of both kernels
+FINDS_WRITTEN = "identify_mutated_tensors"
 
 
 def register(operator: torch._ops.OpOverload) -> None:
@@ -91,9 +96,11 @@ def _tiles(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
     # How many there are decides for tiles alone, which are right for any number.
     counted = values.rows if isinstance(values.rows, int) else values.rows.node.hint
     tma = triton_gemm.fits_descriptors(values, out_dtype)
-    tiles = triton_gemm.fitting_tiles(counted, tma, values.is_dual)
+    processors = triton_gemm.processor_count(values.a.device)
+    tiles = triton_gemm.fitting_tiles(counted, values.b.shape[0], processors, tma, values.is_dual)
     grid, constants = triton_gemm.tiles_grid(values, tma)
-    return _triton(boxes, values, out_dtype, triton_gemm.tuned_over(tiles, few=False), grid, counted, constants)
+    kernel = triton_gemm.tuned_over(tiles, few=False)
+    return _triton(boxes, values, out_dtype, kernel, grid, triton_gemm.numbers_of(values), constants)
 
 
 def _few(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
@@ -103,7 +110,7 @@ def _few(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
     group = columns // values.groups
     kernel = triton_gemm.tuned_over(triton_gemm.fitting_few_rows(columns, channels, group), few=True)
     grid, constants = triton_gemm.few_rows_grid(values)
-    return _triton(boxes, values, out_dtype, kernel, grid, group, constants)
+    return _triton(boxes, values, out_dtype, kernel, grid, (*triton_gemm.numbers_of(values), group), constants)
 
 
 def _triton(
@@ -112,10 +119,10 @@ def _triton(
     out_dtype: torch.dtype,
     kernel: Any,
     grid: triton_gemm.Grid,
-    last: int,
+    numbers: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> Any:
-    """A launch of a tuned kernel on operands as it reads them; ``last`` is its last argument that is no constant."""
+    """A launch of a tuned kernel on operands as it reads them; ``numbers`` follow the tensors, and are no constants."""
     given: dict[str, Any] = boxes._asdict()
     read: dict[str, Any] = {
         name: ir.ExternKernel.require_exact_strides(given[name], value.stride())
@@ -125,14 +132,27 @@ def _triton(
     size = [_size(values.rows), values.b.shape[0]]
     out = lowerings[aten.empty_strided.default](size, [size[1], 1], dtype=out_dtype, device=values.a.device)
     tensors = triton_gemm.with_stand_ins(boxes._replace(**read), out)
-    numbers = map(_size, (*triton_gemm.numbers_of(values), last))
-    ir.UserDefinedTritonKernel(
-        kernel_idx=kernel_side_table.add_kernel(kernel),
-        grid=[tuple(map(_size, grid(config.kwargs))) for config in kernel.configs],
-        tma_descriptor_metadata={},
-        kernel_args=dict(zip(kernel.arg_names, (*tensors, *numbers), strict=False)) | constants,
-    )
+    with _known_to_write(OUTPUT):
+        ir.UserDefinedTritonKernel(
+            kernel_idx=triton_kernel_wrap.kernel_side_table.add_kernel(kernel),
+            grid=[tuple(map(_size, grid(config.kwargs))) for config in kernel.configs],
+            tma_descriptor_metadata={},
+            kernel_args=dict(zip(kernel.arg_names, (*tensors, *map(_size, numbers)), strict=False)) | constants,
+        )
     return out
+
+
+@contextmanager
+def _known_to_write(name: str) -> Iterator[None]:
+    """Tell Inductor which argument a kernel writes; to find out, it translates the kernel anew for each launch.
+
+    Compilations have a lock, so nobody else asks meanwhile. PyTorch after 2.11 asks another function for more.
+    """
+    if not hasattr(triton_kernel_wrap, FINDS_WRITTEN):
+        yield
+        return
+    with patch.object(triton_kernel_wrap, FINDS_WRITTEN, lambda *_: [name]):
+        yield
 
 
 def _as_read(value: Any) -> Any:

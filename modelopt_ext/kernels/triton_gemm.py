@@ -35,6 +35,9 @@ Grid: TypeAlias = Callable[[dict[str, Any]], tuple[int, int, int]]
 TILE_ROWS = 16
 # The kernels' first arguments are so many tensors.
 TENSORS = 9
+# Of activations; they may be a segment's column of a table. A kernel is compiled once for all places of them, and for
+# all numbers of rows: nothing in it depends on that.
+SCALES = ["scale_a_ptr", "scale_a2_ptr"]
 
 
 def _config(sizes: tuple[int, int, int], warps: int, stages: int, per_sm: int) -> triton.Config:
@@ -57,23 +60,37 @@ WITH_POINTERS = [
 ]
 # Bytes of shared memory of the tiles for two operands with float32 outputs. The others fit in the 99 KiB of small GPUs.
 SHARED_OF_DUAL_WITH_TMA = 180 * 1024
-SMALL_ROWS = 1024  # up to which tiles of 64 rows are tried: the others leave multiprocessors idle
+SMALL_ROWS = 1024  # up to which tiles of 64 rows may be faster: the others leave multiprocessors idle
+# How long a round of small tiles takes, a round of large ones being 1 (measured on an H200, 0.7 to 0.8), and how much
+# of a difference decides.
+SMALL_ROUND, UNDECIDED = 0.74, 0.15
 
 
 def _fitting(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    arguments = {**named_args, **kwargs}
-    return fitting_tiles(arguments["ROWS"], arguments["TMA"], arguments["DUAL"])
+    given = {**named_args, **kwargs}
+    return fitting_tiles(given["M"], given["N"], given["PROCESSORS"], given["TMA"], given["DUAL"])
 
 
-def fitting_tiles(rows: int, tma: bool, dual: bool) -> list[triton.Config]:
-    """The tiles to try at a size; one for most, so that nothing has to be timed."""
+def fitting_tiles(rows: int, columns: int, processors: int, tma: bool, dual: bool) -> list[triton.Config]:
+    """The tiles to try at a size; one for most, so that nothing has to be timed, nor compiled for that."""
     large, small, of_two = WITH_TMA if tma else WITH_POINTERS
     if rows <= small.kwargs["BLOCK_M"]:
         return [small]
     if dual:
         # Two accumulators of a tile share the registers: eight warps have enough.
         return [of_two]
-    return [large, small] if rows <= SMALL_ROWS else [large]
+    if rows > SMALL_ROWS:
+        return [large]
+
+    def rounds(config: triton.Config) -> int:
+        sizes = config.kwargs
+        tiles = _cdiv(rows, sizes["BLOCK_M"]) * _cdiv(columns, sizes["BLOCK_N"])
+        return _cdiv(tiles, processors * sizes["PER_SM"])
+
+    ratio = SMALL_ROUND * rounds(small) / rounds(large)
+    if abs(ratio - 1) < UNDECIDED:
+        return [large, small]
+    return [small] if ratio < 1 else [large]
 
 
 @triton.jit
@@ -110,11 +127,11 @@ def _outputs(
 
 @triton.autotune(
     configs=[*WITH_TMA, *WITH_POINTERS],
-    key=["ROWS", "N", "K", "TMA", "DUAL"],
+    key=["M", "N", "K", "TMA", "DUAL"],
     prune_configs_by={"early_config_prune": _fitting},
     cache_results=True,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=SCALES)
 def _tiles(
     a_ptr,
     a2_ptr,
@@ -132,7 +149,6 @@ def _tiles(
     stride_a2,
     stride_b,
     START,
-    ROWS,
     PROCESSORS: tl.constexpr,
     ZERO: tl.constexpr,
     SIGN: tl.constexpr,
@@ -256,7 +272,7 @@ def fitting_few_rows(columns: int, channels: int, group: int) -> list[triton.Con
     prune_configs_by={"early_config_prune": _dividing},
     cache_results=True,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=SCALES)
 def _few_rows(
     a_ptr,
     a2_ptr,
@@ -391,9 +407,18 @@ def launch_gemm(operands: Operands, out_dtype: torch.dtype) -> Tensor:
         given, operands = operands, _with_contiguous_rows(operands)
         if operands is not given:
             key = None  # says nothing about the copies
+        (columns, channels), groups = operands.b.shape, operands.groups
         if operands.rows <= FEW_ROWS:
-            return launch_few_rows(_few_rows, operands, out_dtype, key)
-        return launch_tiles(_tiles, operands, out_dtype, fits_descriptors(operands, out_dtype), key)
+            kernel, tiles = _chosen(_few_rows, fitting_few_rows(columns, channels, columns // groups))
+            return launch_few_rows(kernel, operands, out_dtype, key, **tiles)
+        tma, processors = fits_descriptors(operands, out_dtype), processor_count(operands.a.device)
+        kernel, tiles = _chosen(_tiles, fitting_tiles(operands.rows, columns, processors, tma, operands.is_dual))
+        return launch_tiles(kernel, operands, out_dtype, tma, key, **tiles)
+
+
+def _chosen(kernel: Any, tiles: list[triton.Config]) -> tuple[Any, dict[str, Any]]:
+    """A kernel and its tiles: those of several are left to its tuning, which would time a single one as well."""
+    return (kernel.fn, tiles[0].all_kwargs()) if len(tiles) == 1 else (kernel, {})
 
 
 def _with_contiguous_rows(operands: Operands) -> Operands:
@@ -434,15 +459,14 @@ def launch_tiles(
         tma: whether to load through tensor descriptors.
         key: where to keep how it is launched again.
         processors: multiprocessors to fill; by default the GPU's.
-        tiles: sizes of the tiles.
+        tiles: sizes of the tiles, and warps and stages of a program.
 
     Returns:
         (M, N) in ``out_dtype``.
     """
     out = torch.empty(operands.rows, operands.b.shape[0], dtype=out_dtype, device=operands.a.device)
-    size = triton.next_power_of_2(operands.rows)  # those within a factor of two share a choice of tiles
     grid, switches = tiles_grid(operands, tma, processors)
-    _launch(kernel, grid, operands, out, size, switches, tiles, key)
+    _launch(kernel, grid, operands, out, numbers_of(operands), switches, tiles, key)
     return out
 
 
@@ -485,7 +509,8 @@ def launch_few_rows(kernel: Any, operands: Operands, out_dtype: torch.dtype, key
     columns = operands.b.shape[0]
     out = torch.empty(operands.rows, columns, dtype=out_dtype, device=operands.a.device)
     grid, switches = few_rows_grid(operands)
-    _launch(kernel, grid, operands, out, columns // operands.groups, switches, tiles, key)
+    numbers = (*numbers_of(operands), columns // operands.groups)
+    _launch(kernel, grid, operands, out, numbers, switches, tiles, key)
     return out
 
 
@@ -510,7 +535,7 @@ def _launch(
     grid: Grid,
     operands: Operands,
     out: Tensor,
-    last: int,
+    numbers: tuple[int, ...],
     switches: dict[str, Any],
     tiles: dict[str, int],
     key: Any,
@@ -522,7 +547,7 @@ def _launch(
         grid: programs, by the tiles.
         operands: rows contiguous.
         out: (M, N), written.
-        last: the kernel's last argument that is no compile-time constant.
+        numbers: what the kernel takes after the tensors that is no compile-time constant.
         switches: compile-time constants, but for the tiles.
         tiles: sizes, for a bare kernel.
         key: of :data:`_AGAIN`, or None.
@@ -530,11 +555,10 @@ def _launch(
     tma = switches.get("TMA", False)
     if tma:
         triton.set_allocator(_workspace)
-    numbers = (*numbers_of(operands), last)
     compiled = kernel[grid](*_tensors(operands, out), *numbers, **switches, **tiles)
     if key is None or compiled is None or not _LAUNCHES_AGAIN:  # Triton's interpreter compiles nothing
         return
-    constants = {**switches, **kernel.best_config.kwargs}
+    constants = {**switches, **(tiles or kernel.best_config.kwargs)}
     rest = (*numbers, *[constants[name] for name in kernel.arg_names[TENSORS + len(numbers) :]])
     start, shape, dtype = compiled[grid(constants)], out.shape, out.dtype
 

@@ -29,6 +29,8 @@ from .triton_gemm import processor_count
 POLARITIES = ("none", "dual", "dual8")
 # Rows, channels and warps of a program with static scales.
 STATIC_BLOCK = (8, 1024, 2)
+# Fewer channels are masked, or each small size would be compiled anew.
+FEWEST_CHANNELS = 256
 # With scales per token: channels that a program keeps, and channels a warp, at most.
 MOST_KEPT, KEPT_BY_WARP = 16384, 2048
 # Channels of all such programs on a multiprocessor, where they keep shift and smoothing, too.
@@ -108,7 +110,7 @@ def _more(x_row, shift_ptr, inverse_ptr, channel, within, HAS_SHIFT: tl.constexp
     return _smoothed(x, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SEGMENT", "SEGMENTS"], do_not_specialize_on_alignment=["scale_ptr", "scale2_ptr"])
 def _quantize_static(
     x_ptr,
     shift_ptr,
@@ -153,7 +155,7 @@ def _quantize_static(
         _store_both(codes_ptr, codes2_ptr, place, z, inverse, inverse2, inside, LOW, HIGH, OFFSET, FP8, POLARITY, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SEGMENT", "PROGRAMS"])
 def _quantize_per_token(
     x_ptr,
     shift_ptr,
@@ -374,7 +376,7 @@ def launch(
                 )
             else:
                 together, most_channels, warps = block or STATIC_BLOCK
-                width = min(triton.next_power_of_2(size), most_channels)
+                width = min(max(triton.next_power_of_2(size), FEWEST_CHANNELS), most_channels)
                 wrap(_quantize_static)[(triton.cdiv(rows, together), triton.cdiv(size, width), groups)](
                     x,
                     *of_channels,
