@@ -18,9 +18,10 @@ from test_quantize import sqnr
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
-from torch._inductor import config
+from torch._inductor import async_compile, config
 from torch._inductor.choices import InductorChoices
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.utils import run_and_get_code
@@ -210,6 +211,15 @@ def test_options_are_equal_and_may_be_cached() -> None:
     assert compile_options()["post_grad_custom_pre_pass"].uuid() == Rewrites().uuid() is not None
 
 
+@pytest.mark.parametrize("gpus", [False, True])
+def test_workers_start_where_there_is_a_gpu(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: started.append(True))
+    compile_options()
+    assert started == [True] * gpus
+
+
 def test_another_pass_is_not_lost() -> None:
     with (
         config.patch(post_grad_custom_pre_pass=lambda graph: None),
@@ -218,19 +228,36 @@ def test_another_pass_is_not_lost() -> None:
         compile_options()
 
 
+ROW, VALUE = sympy.symbols("row value", integer=True, nonnegative=True)
+
+
+def kernel(size: int, *reads: Any) -> Any:
+    """What Inductor says of a kernel that reduces 64 rows: how it reads them, and how long they are."""
+    sizes = (sympy.Integer(64), sympy.Integer(size))
+    read_writes = SimpleNamespace(
+        reads=[MemoryDep(f"x{i}", index, (ROW, VALUE), sizes) for i, index in enumerate(reads)]
+    )
+    return SimpleNamespace(
+        get_reduction_hint=lambda: ReductionHint.INNER if size <= 1024 else ReductionHint.DEFAULT,
+        reduction_nodes=lambda: [SimpleNamespace(read_writes=read_writes)],
+        reduction_numel=sympy.Integer(size),
+    )
+
+
 @pytest.mark.parametrize(
-    ("hint", "size", "options", "expected"),
+    ("features", "options", "expected"),
     [
-        (ReductionHint.INNER, 3072, True, True),
-        (ReductionHint.INNER, 4097, True, False),
-        (ReductionHint.OUTER, 3072, True, False),
-        (ReductionHint.INNER, 3072, False, False),
-        (ReductionHint.INNER, 1024, False, True),
+        (kernel(3072, 3072 * ROW + VALUE), True, True),
+        (kernel(3072, 3072 * ROW + VALUE, VALUE, ROW), True, True),
+        (kernel(4097, 4097 * ROW + VALUE), True, False),
+        (kernel(3072, ROW + 64 * VALUE), True, False),
+        (kernel(3072, 3072 * ROW + VALUE, 6144 * ROW + 2 * VALUE), True, False),
+        (kernel(3072, 3072 * ROW + VALUE), False, False),
+        (kernel(1024, 1024 * ROW + VALUE), False, True),
     ],
-    ids=["a-row", "too-long", "a-column", "without-the-options", "as-always"],
+    ids=["a-row", "with-weights", "too-long", "a-column", "every-other", "without-the-options", "as-always"],
 )
-def test_rows_that_fit_are_kept(hint: ReductionHint, size: int, options: bool, expected: bool) -> None:
-    features = SimpleNamespace(get_reduction_hint=lambda: hint, reduction_numel=sympy.Integer(size))
+def test_rows_that_fit_are_kept(features: Any, options: bool, expected: bool) -> None:
     with (
         V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())),
         config.patch(post_grad_custom_pre_pass=Rewrites() if options else None),

@@ -1,8 +1,7 @@
 """What to tell ``torch.compile`` about diffusion transformers: :func:`compile_options`.
 
-Once Linears are fast, a step waits for what lies between them. These options make the compiler search for the best
-tiles of such kernels, and change three things that it makes slow kernels of: :mod:`.rotary`, :mod:`.scales`,
-:mod:`.reductions`.
+Once Linears are fast, a step waits for what lies between them. These options change three things that the compiler
+makes slow kernels of: :mod:`.rotary`, :mod:`.scales`, :mod:`.reductions`.
 """
 
 from __future__ import annotations
@@ -18,13 +17,15 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from .reductions import keep_rows
 from .rotary import turn_pairs
 from .scales import spread_together
+from .workers import start_workers
 
 
 def compile_options() -> dict[str, Any]:
     """``options`` for ``torch.compile``, ``nn.Module.compile`` and diffusers' ``compile_repeated_blocks``.
 
     What changes in the numbers is the order of sums inside norms, as with all of Inductor's tuning. Models that are not
-    packed may be compiled with them as well.
+    packed may be compiled with them as well. On a GPU this starts Inductor's compile workers: ask early, and they are
+    there when they are needed.
 
     Raises:
         ValueError: Inductor's ``post_grad_custom_pre_pass``, whose place is taken, is set already.
@@ -34,7 +35,8 @@ def compile_options() -> dict[str, Any]:
             "torch._inductor.config.post_grad_custom_pre_pass is set, and these options would replace it: call "
             "modelopt_ext.compilation.Rewrites()(graph) in that pass instead, and compile without these options"
         )
-    return {"post_grad_custom_pre_pass": Rewrites(), "max_autotune_pointwise": True}
+    start_workers()
+    return {"post_grad_custom_pre_pass": Rewrites()}
 
 
 @dataclass(frozen=True)

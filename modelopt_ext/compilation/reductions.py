@@ -11,7 +11,7 @@ from typing import Any
 
 from torch._inductor import config
 from torch._inductor.choices import InductorChoices
-from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.virtualized import V
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,21 @@ class WholeRows(InductorChoices):
             return True
         if cooperative_reduction or not getattr(config.post_grad_custom_pre_pass, "keeps_rows", False):
             return False
-        is_inner = features.get_reduction_hint() == ReductionHint.INNER
-        return is_inner and V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_ROW)
+        return V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_ROW) and _along_rows(features)
+
+
+def _along_rows(features: Any) -> bool:
+    """Whether what is reduced lies value by value in memory.
+
+    Inductor's own hint also asks how other nodes of the kernel read. Norms of q and k, whose rotation reads pairs and
+    whose results are transposed, would be left out.
+    """
+    reads = [read for node in features.reduction_nodes() for read in node.read_writes.reads]
+    return all(
+        isinstance(read, MemoryDep)
+        and (not read.var_names or V.graph.sizevars.stride_hints(read.index, read.var_names)[-1] in (0, 1))
+        for read in reads
+    )
 
 
 def keep_rows() -> None:
