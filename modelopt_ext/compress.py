@@ -19,7 +19,8 @@ from .nn import InputBank, SegLayout, SegLinear, WeightBank, input_block, weight
 from .nn.alike import make_alike
 from .nn.gelu import lighten_gelu
 from .nn.layout import SPLIT_BY_SIGN
-from .nn.packed import FORMATS, CodeType, PackedLinear, PackedSpec
+from .nn.packed import PackedLinear
+from .nn.packed_spec import FORMATS, CodeType, PackedSpec
 from .nn.rotation import rotate
 from .plan import slices
 

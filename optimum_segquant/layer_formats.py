@@ -12,7 +12,7 @@ from torch import nn
 from modelopt_ext import PackedLinear, SegLinear
 from modelopt_ext.compress import packed_spec
 from modelopt_ext.formats import QuantFormat
-from modelopt_ext.nn.packed import FORMATS, PackedSpec
+from modelopt_ext.nn.packed_spec import FORMATS, PackedSpec
 
 __all__ = ["LayerFormats", "is_on", "layer_formats"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modelopt_ext import PackedLinear, SegLinear
 from modelopt_ext.compress import packed_spec
-from modelopt_ext.nn.packed import PackedSpec
+from modelopt_ext.nn.packed_spec import PackedSpec
 
 from .layer_formats import is_on, layer_formats
 

@@ -32,7 +32,7 @@ from modelopt_ext.export.native import (
     quantization_config,
 )
 from modelopt_ext.nn import SegLayout
-from modelopt_ext.nn.packed import PackedSpec
+from modelopt_ext.nn.packed_spec import PackedSpec
 from optimum_segquant.checkpoints.native import export_native
 
 FORMATS: tuple[NativeFormat, ...] = get_args(NativeFormat)

@@ -15,7 +15,8 @@ from torch import nn
 from modelopt_ext.export.onnx import TARGETS, export_module, file_bytes, lowered
 from modelopt_ext.export.tensorrt import check_tensorrt
 from modelopt_ext.nn import SegLayout
-from modelopt_ext.nn.packed import FORMATS, PackedLinear, PackedSpec
+from modelopt_ext.nn.packed import PackedLinear
+from modelopt_ext.nn.packed_spec import FORMATS, PackedSpec
 from optimum_segquant.exporters.compare import run, session
 
 ONE = SegLayout((64,), (48,), (48,), ("none",))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import modelopt_ext
 from modelopt_ext import PackedLinear, PackedSpec, SegLinear
 from modelopt_ext.kernels import cuda, scaled_mm
-from modelopt_ext.nn.packed import pack_int4, unpack_int4
+from modelopt_ext.nn.packed_product import pack_int4, unpack_int4
 from modelopt_ext.presets import PER_TOKEN, PRESETS, linear_only
 
 PACKABLE = sorted(set(PRESETS) - {"SEGQUANT_NVFP4_CFG", "SEGQUANT_CFG"})

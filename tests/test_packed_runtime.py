@@ -6,6 +6,7 @@ import copy
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,10 @@ from peft import LoraConfig
 from test_quantize import sqnr
 from tiny_pipelines import tiny_sd3_pipeline
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,7 +34,8 @@ from modelopt_ext.kernels.operands import Operands
 from modelopt_ext.kernels.scaled_mm import _product_of, few_rows, launches_directly, scaled_mm
 from modelopt_ext.nn import SegLayout
 from modelopt_ext.nn.alike import make_alike
-from modelopt_ext.nn.packed import PackedSpec
+from modelopt_ext.nn.packed_spec import PackedSpec
+from modelopt_ext.nn.rotation import rotate
 from optimum_segquant.evaluation import sample_trajectories
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,7 +106,8 @@ def test_blocks_have_the_same_tensors_in_the_same_places() -> None:
 
 
 @pytest.mark.usefixtures("bfloat16_by_default")
-def test_what_is_float32_does_not_follow_the_default_dtype() -> None:
+def test_what_is_float32_does_not_follow_the_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_disable_current_modes", nullcontext)
     with FakeTensorMode():
         assert cuda.multiplies_fp8.__wrapped__(0)
     layout = SegLayout((8,), (4,), (4,), ("none",))
@@ -181,6 +187,43 @@ def test_lora_adapters_sit_on_top_of_a_compiled_model() -> None:
     assert torch.equal(run(model), plain)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PackedSpec(SegLayout((32, 32), (48,), (48,), ("none", "dual8")), shift=True, smoothing=True),
+        PackedSpec(SegLayout((64,), (32, 16), (32, 16), ("dual",)), "float8_e4m3fn", activations="float8_e4m3fn"),
+        PackedSpec(SegLayout((64,), (48,), (48,), ("none",), rotation=(8,)), "int4", per_token=True, rank=4),
+        PackedSpec(SegLayout((64,), (48,), (48,), ("none",)), activations=None),
+    ],
+    ids=["int8", "fp8", "rotated-int4-with-a-branch", "weight-only"],
+)
+def test_dynamo_sees_one_operator(spec: PackedSpec, mode: Any) -> None:
+    """Which gives the same numbers."""
+    torch.manual_seed(0)
+    layer = PackedLinear(spec)
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.data.copy_(torch.rand(tensor.shape) + 0.1 if tensor.is_floating_point() else torch.zeros(tensor.shape))
+    layer.set_codes(torch.randint(-7, 8, (48, 64)))
+    seen: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return aot_eager(graph, _)
+
+    x = torch.randn(70, 64)
+    with mode():
+        assert torch.equal(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
+    assert seen == [torch.ops.segquant.packed_linear]
+
+
+def test_rotation_keeps_nothing_that_only_stands_for_a_matrix() -> None:
+    x = torch.randn(3, 32, dtype=torch.float64)
+    with FakeTensorMode():
+        rotate(torch.empty(3, 32, dtype=torch.float64), 16)
+    torch.testing.assert_close(rotate(rotate(x, 16), 16), x)
+
+
 def test_who_traces_sees_operators_instead_of_launches() -> None:
     asked = []
 
@@ -198,12 +241,14 @@ def test_who_traces_sees_operators_instead_of_launches() -> None:
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that was built for CUDA, but no GPU")
 @pytest.mark.parametrize("per_token", [False, True], ids=["static", "per-token"])
 @pytest.mark.parametrize("polarity", ["none", "dual"])
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(("segments", "groups"), [((64,), (48,)), ((32, 32), (48,)), ((32, 32), (32, 16))])
 @pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
 def test_a_compiler_gets_through_what_runs_on_a_gpu(
     codes: Any,
     segments: tuple[int, ...],
     groups: tuple[int, ...],
+    rotated: bool,
     polarity: str,
     per_token: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -212,14 +257,16 @@ def test_a_compiler_gets_through_what_runs_on_a_gpu(
     monkeypatch.setattr(cuda, "fp8_fits", lambda *_: True)
     monkeypatch.setattr(cuda, "multiplies_int8", lambda _: True)
     monkeypatch.setattr(cuda, "_lowered", lambda _: "")
-    layout = SegLayout(segments, groups, groups, (polarity,) * len(segments))
+    count = len(segments)
+    layout = SegLayout(segments, groups, groups, (polarity,) * count, rotation=(8,) * count if rotated else ())
     spec = PackedSpec(layout, codes, activations=codes, per_token=per_token, smoothing=True, shift=True)
     called: list[str] = []
 
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
         called.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
+    backend = aot_autograd(fw_compiler=note)
     with FakeTensorMode(), torch.no_grad():
         layer = PackedLinear(spec, dtype=torch.bfloat16, device="cuda")
         x = torch.empty(1, 200, 64, dtype=torch.bfloat16, device="cuda")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .operands import Operands
 
@@ -72,14 +73,15 @@ def fp8_fits(device: int, rows: int, channels: int) -> bool:
 @cache
 def multiplies_fp8(device: int) -> bool:
     """Whether a device has E4M3 products; one without has no conversions to E4M3 in Triton, either."""
-    # Dtypes are said: users set the default one to bfloat16.
-    ones = torch.ones(FP8_MULTIPLE, 1, dtype=torch.float32, device=f"cuda:{device}")
-    codes = torch.zeros(FP8_MULTIPLE, FP8_MULTIPLE, device=f"cuda:{device}").to(torch.float8_e4m3fn)
-    try:
-        torch._scaled_mm(codes, codes.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16)
-    except (RuntimeError, ValueError) as error:
-        logger.warning("segquant: no E4M3 products here (%s); using the slow reference product", error)
-        return False
+    with _disable_current_modes():  # the device is asked, not what a compiler has in its place
+        # Dtypes are said: users set the default one to bfloat16.
+        ones = torch.ones(FP8_MULTIPLE, 1, dtype=torch.float32, device=f"cuda:{device}")
+        codes = torch.zeros(FP8_MULTIPLE, FP8_MULTIPLE, device=f"cuda:{device}").to(torch.float8_e4m3fn)
+        try:
+            torch._scaled_mm(codes, codes.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16)
+        except (RuntimeError, ValueError) as error:
+            logger.warning("segquant: no E4M3 products here (%s); using the slow reference product", error)
+            return False
     return True
 
 

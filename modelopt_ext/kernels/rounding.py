@@ -51,6 +51,7 @@ def quantize(
     inverse_smoothing: Tensor | None = None,
     scale: Tensor | None = None,
     scale_negative: Tensor | None = None,
+    compiled: bool = False,
 ) -> Quantized:
     """Round ``z = (x - shift) * inverse_smoothing`` of every group to codes ``z / scale``.
 
@@ -64,8 +65,9 @@ def quantize(
         inverse_smoothing: float32 (G, K), or None for one group and ones.
         scale: float32 (G, T), static scales; None finds one for each row, group, segment and sign.
         scale_negative: float32 (G, T), those of the values below 0, where any segment is split.
+        compiled: whether a compiler sees this that can't say so (``torch.compiler.is_compiling``).
     """
-    if x.is_cuda and not torch.compiler.is_compiling() and _fits_kernel(x, fmt):
+    if x.is_cuda and not (compiled or torch.compiler.is_compiling()) and _fits_kernel(x, fmt):
         from .triton_rounding import fused
 
         return fused(x, fmt, segments, polarity, shift, inverse_smoothing, scale, scale_negative)

@@ -2,7 +2,8 @@
 
 from .banks import InputBank, QuantizerBank, WeightBank
 from .layout import SegLayout, input_block, weight_block
-from .packed import PackedLinear, PackedSpec
+from .packed import PackedLinear
+from .packed_spec import PackedSpec
 from .seg_conv import SegConv2d, to_seg_conv
 from .seg_linear import SegLinear, to_seg_linear
 

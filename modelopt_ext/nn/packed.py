@@ -31,127 +31,21 @@ floating-point tensors, float8 ones too, and leave integers alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
 
-from ..formats import QuantFormat
-from ..kernels import quantize, scaled_mm
-from ..kernels.rounding import Quantized, offset_of, rounded, smoothed
-from ..kernels.scaled_mm import few_rows
 from .gradients import refuse_gradients
-from .layout import SPLIT_BY_SIGN, SegLayout
-from .rotation import rotate, rotate_segments
-
-CodeType = Literal["int8", "int4", "float8_e4m3fn"]
-
-FORMATS: Mapping[CodeType, QuantFormat] = {
-    "int8": QuantFormat(8),
-    "int4": QuantFormat(4),
-    "float8_e4m3fn": QuantFormat((4, 3)),
-}
-
-
-@dataclass(frozen=True)
-class PackedSpec:
-    """How a PackedLinear reads its tensors: plain data.
-
-    Attributes:
-        layout: segments, groups, polarity and rotation; its ``weight_segments`` are the ``out_groups``.
-        weights: what the weight's codes are.
-        group: input channels that share a weight scale; None for those of an input segment.
-        activations: what activations are rounded to; None for weight-only.
-        per_token: whether activation scales are found at run time, one a row, segment and sign.
-        smoothing, shift: whether there are such tensors.
-        rank: of the low-rank branch, 0 for none.
-
-    Raises:
-        ValueError: values that contradict each other.
-    """
-
-    layout: SegLayout
-    weights: CodeType = "int8"
-    group: int | None = None
-    activations: CodeType | None = "int8"
-    per_token: bool = False
-    smoothing: bool = False
-    shift: bool = False
-    rank: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in (("weights", self.weights), ("activations", self.activations)):
-            if value not in (*get_args(CodeType), *((None,) if name == "activations" else ())):
-                raise ValueError(f"{name} must be one of {get_args(CodeType)}, got {value!r}")
-        if self.rank < 0:
-            raise ValueError(f"rank must not be negative, got {self.rank}")
-        if self.group is not None and (self.group < 1 or any(size % self.group for size in self.layout.in_segments)):
-            raise ValueError(f"groups of {self.group} channels do not divide the segments {self.layout.in_segments}")
-        if self.activations is None and (self.per_token or self.splits_by_sign):
-            raise ValueError("without activation codes there are neither scales per token nor polarity")
-        if self.activations == "float8_e4m3fn" and "dual8" in self.layout.polarity:
-            raise ValueError("dual8 needs integer activations")
-
-    @property
-    def splits_by_sign(self) -> bool:
-        """Whether any segment has a second product."""
-        return any(polarity in SPLIT_BY_SIGN for polarity in self.layout.polarity)
-
-    @property
-    def multiplies_codes(self) -> bool:
-        """Whether a product of two matrices of codes gives the output, integers by integers or E4M3 by E4M3."""
-        if self.group is not None or self.activations is None:
-            return False
-        return (self.activations == "float8_e4m3fn") == (self.weights == "float8_e4m3fn")
-
-    @property
-    def has_zero_point(self) -> bool:
-        """Whether int8 holds unsigned activation codes, less 128, in a product of codes."""
-        return self.multiplies_codes and self.activations == "int8" and "dual8" in self.layout.polarity
-
-    @property
-    def weight_scales(self) -> int:
-        """S, how many scales a row of the weight has."""
-        return len(self.layout.in_segments) if self.group is None else self.layout.in_features // self.group
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for checkpoints."""
-        layout = self.layout.to_dict()
-        del layout["weight_segments"]
-        return {**asdict(self), "layout": layout}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PackedSpec:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: missing or unknown keys, or values that do not fit.
-        """
-        expected = {field.name for field in fields(cls)}
-        if set(data) != expected or not isinstance(data["layout"], Mapping):
-            raise ValueError(f"the description of a packed Linear has the keys {sorted(expected)}, got {sorted(data)}")
-        layout = dict(data["layout"])
-        layout["weight_segments"] = layout.get("out_groups", ())
-        return cls(**{**data, "layout": SegLayout.from_dict(layout)})
+from .packed_product import PackedTensors, described, pack_int4
+from .packed_spec import PackedSpec
+from .rotation import rotate
 
 
 @torch.compiler.assume_constant_result
 def _has_autocast(kind: str) -> bool:
     """Whether devices of that type have autocast: asked outside of the compiler, that of torch 2.11 can not ask."""
     return torch.amp.is_autocast_available(kind)
-
-
-# A compiler takes time for every operation that it sees, also for those that do nothing.
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _of_groups(table: Tensor | None, groups: slice) -> Tensor | None:
-    """Rows of a table with one for each output group."""
-    return table if table is None or groups.stop - groups.start == len(table) else table[groups]
 
 
 class PackedLinear(nn.Linear):
@@ -164,7 +58,6 @@ class PackedLinear(nn.Linear):
         device: where tensors are made, uninitialized; "meta" makes none.
     """
 
-    spec: PackedSpec
     weight_scale: Tensor
     input_scale: Tensor | None
     input_scale_negative: Tensor | None
@@ -216,6 +109,31 @@ class PackedLinear(nn.Linear):
             kind = torch.float32 if name in self.FLOAT32 else torch.int32 if name == "weight_sum" else branch
             self.register_buffer(name, None if size is None else torch.empty(size, dtype=kind, device=device))
 
+    @property
+    def spec(self) -> PackedSpec:
+        """The formats."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: PackedSpec) -> None:
+        self._spec, self._described = spec, described(spec)
+
+    def tensors(self) -> PackedTensors:
+        """What it holds, with what computes from it."""
+        return PackedTensors(
+            self.spec,
+            self.weight,
+            self.bias,
+            self.weight_scale,
+            self.input_scale,
+            self.input_scale_negative,
+            self.inverse_smoothing,
+            self.shift,
+            self.weight_sum,
+            self.low_rank_down,
+            self.low_rank_up,
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         kept = {name: getattr(self, name) for name in self.FLOAT32 if getattr(self, name) is not None}
         super()._apply(fn, recurse)
@@ -242,11 +160,7 @@ class PackedLinear(nn.Linear):
 
     def codes(self) -> Tensor:
         """The weight's codes, (N, K): int8 (also for int4) or float8_e4m3fn. A view, but for int4."""
-        if self.spec.weights == "float8_e4m3fn":
-            return self.weight.view(torch.float8_e4m3fn)
-        if self.spec.weights == "int8":
-            return self.weight
-        return unpack_int4(self.weight.detach(), self.in_features)
+        return self.tensors().codes()
 
     def set_codes(self, codes: Tensor) -> None:
         """Store codes (N, K), of any dtype that holds them exactly."""
@@ -260,13 +174,6 @@ class PackedLinear(nn.Linear):
         if self.weight_sum is not None:
             sums = [codes[:, columns].sum(dim=1) for columns in self.spec.layout.in_slices]
             self.weight_sum.copy_(torch.stack(sums, dim=1))
-
-    def block_scale(self, segment: int) -> Tensor:
-        """The scale of every weight of an input segment, (N, 1) or (N, channels) float32."""
-        group, columns = self.spec.group, self.spec.layout.in_slices[segment]
-        if group is None:
-            return self.weight_scale[:, segment : segment + 1]
-        return self.weight_scale[:, columns.start // group : columns.stop // group].repeat_interleave(group, dim=1)
 
     def forward(self, input: Tensor) -> Tensor:
         """Evaluate the equations of the module's docstring.
@@ -286,144 +193,12 @@ class PackedLinear(nn.Linear):
         autocast = _has_autocast(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
         x = input.reshape(-1, input.shape[-1])
-        # The last sum's rounding is the product's own, where nothing else is added.
-        direct = dtype if self.low_rank_up is None else self._sum_dtype(x, dtype)
-        output = self._codes_product(x, direct) if self.spec.multiplies_codes else self._float_product(x, direct)
-        if self.low_rank_up is not None:
-            output = output + self._branch(x)
-        output = _as(output, dtype).reshape(*input.shape[:-1], self.out_features)
+        if torch.compiler.is_dynamo_compiling():
+            output = torch.ops.segquant.packed_linear(x, *self.tensors()[1:], self._described, dtype)
+        else:
+            output = self.tensors().outputs(x, dtype)
+        output = output.reshape(*input.shape[:-1], self.out_features)
         return refuse_gradients(output, input) if self.spec.activations else output
-
-    @staticmethod
-    def _sum_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-        """What parts of an output are held in until they are added.
-
-        On a GPU each part is written and read again, and bfloat16, which overflows no earlier than float32, halves that
-        for an error far below the codes'.
-        """
-        return dtype if x.is_cuda and dtype == torch.bfloat16 else torch.float32
-
-    def _codes_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Products of codes by codes, without the branch: (M, N) in ``dtype``."""
-        groups = len(self.spec.layout.out_groups)
-        equal = len(set(self.spec.layout.out_groups)) == 1
-        kind = torch.float8_e4m3fn if self.spec.weights == "float8_e4m3fn" else torch.int8
-        if groups == 1 or (equal and x.shape[0] <= few_rows(kind)):
-            # Few rows: one launch for all groups, which is what their time is.
-            return self._product(x, slice(0, groups), slice(0, self.out_features), dtype)
-        parts = [
-            self._product(x, slice(group, group + 1), rows, dtype)
-            for group, rows in enumerate(self.spec.layout.out_slices)
-        ]
-        return torch.cat(parts, dim=-1)
-
-    def _product(self, x: Tensor, groups: slice, rows: slice, dtype: torch.dtype) -> Tensor:
-        """What some output groups give, which are the outputs ``rows``: (M, rows) in ``dtype``."""
-        layout, weight, scales, sums = self.spec.layout, self.codes(), self.weight_scale, self.weight_sum
-        bias: Tensor | None = self.bias
-        some = rows.stop - rows.start < self.out_features
-        if some:
-            weight, scales = weight[rows], scales[rows]
-            bias, sums = None if bias is None else bias[rows], None if sums is None else sums[rows]
-        activations = self._quantize(x, groups)
-        codes = activations.codes
-        if len(layout.in_segments) > 1 and codes.is_cuda and torch.compiler.is_dynamo_compiling():
-            # Of a given layout: the compiler would compute codes anew for every product that asks for one.
-            codes = codes.as_strided(codes.shape, codes.stride())
-        last = len(layout.in_segments) - 1
-        part_dtype = dtype if last == 0 else self._sum_dtype(x, dtype)
-        total = None
-        for segment, columns in enumerate(layout.in_slices):
-            split = layout.polarity[segment] in SPLIT_BY_SIGN
-            unsigned = layout.polarity[segment] == "dual8"
-            offset = offset_of(self._format) if unsigned else 0
-            product = scaled_mm(
-                codes,
-                weight,
-                activations.scales[segment],
-                scales[:, segment],
-                bias if segment == last else None,
-                zero=-offset,
-                sum_b=sums[:, segment] if offset and sums is not None else None,
-                a2=activations.negative if split else None,
-                scale_a2=activations.negative_scales[segment] if split and activations.negative_scales else None,
-                sign=-1 if unsigned else 1,
-                groups=groups.stop - groups.start,
-                segment=columns if last or some else None,
-                out_dtype=part_dtype,
-            )
-            total = product if total is None else total + product
-        assert total is not None
-        return _as(total, dtype)
-
-    @property
-    def _format(self) -> QuantFormat:
-        """Of the activations."""
-        assert self.spec.activations is not None
-        return FORMATS[self.spec.activations]
-
-    def _quantize(self, x: Tensor, groups: slice) -> Quantized:
-        """Codes of x (M, K) as some output groups read them."""
-        layout = self.spec.layout
-        shift, inverse = self.shift, _of_groups(self.inverse_smoothing, groups)
-        # Static scales (G, T) of the values and of those below 0; None for scales per token.
-        scales = _of_groups(self.input_scale, groups), _of_groups(self.input_scale_negative, groups)
-        if any(block > 1 for block in layout.rotation):
-            z = rotate_segments(smoothed(x, shift, inverse), layout.in_slices, layout.rotation)
-            return rounded(z, self._format, layout.in_segments, layout.polarity, *scales)
-        return quantize(x, self._format, layout.in_segments, layout.polarity, shift, inverse, *scales)
-
-    def _float_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Products of rounded floats, for codes that no product of two matrices of codes serves: (M, N) in ``dtype``.
-
-        Weight-only formats, integers by floats, and sums that end inside a segment (weight scales of groups).
-        """
-        # A GPU has fast products of 16-bit floats only, the simulation's own.
-        wide = x.dtype if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) else torch.float32
-        codes = self.codes()
-        parts = []
-        for group, rows in enumerate(self.spec.layout.out_slices):
-            weight = torch.cat(
-                [
-                    codes[rows, columns].float() * self.block_scale(segment)[rows]
-                    for segment, columns in enumerate(self.spec.layout.in_slices)
-                ],
-                dim=1,
-            )
-            bias = None if self.bias is None else self.bias[rows].to(wide)
-            parts.append(linear(self._values(x, group).to(wide), weight.to(wide), bias))
-        return torch.cat(parts, dim=-1).to(dtype)
-
-    def _values(self, x: Tensor, group: int) -> Tensor:
-        """What x (M, K) is rounded to for an output group, float32."""
-        layout, own = self.spec.layout, slice(group, group + 1)
-        if self.spec.activations is None:
-            z = smoothed(x, self.shift, None if self.inverse_smoothing is None else self.inverse_smoothing[own])
-            return rotate_segments(z, layout.in_slices, layout.rotation)
-        found = self._quantize(x, own)
-        parts = []
-        for segment, columns in enumerate(layout.in_slices):
-            unsigned = layout.polarity[segment] == "dual8"
-            offset = offset_of(self._format) if unsigned else 0
-            value = (found.codes[:, columns].float() + offset) * found.scales[segment]
-            if layout.polarity[segment] in SPLIT_BY_SIGN and found.negative is not None and found.negative_scales:
-                below = (found.negative[:, columns].float() + offset) * found.negative_scales[segment]
-                value = value - below if unsigned else value + below
-            parts.append(value)
-        return torch.cat(parts, dim=1)
-
-    def _branch(self, x: Tensor) -> Tensor:
-        """The low-rank branch's share of the output, (M, N)."""
-        outputs = [linear(linear(x, down.to(x.dtype)), up.to(x.dtype)) for down, up in self._factors()]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-    def _factors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each group's (r, K) and (rows, r)."""
-        assert self.low_rank_down is not None
-        assert self.low_rank_up is not None
-        rank = self.spec.rank
-        for group, rows in enumerate(self.spec.layout.out_slices):
-            yield self.low_rank_down[group * rank : (group + 1) * rank], self.low_rank_up[rows]
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -432,10 +207,10 @@ class PackedLinear(nn.Linear):
         Args:
             dtype: of its weight and bias; the bias's, or else float32.
         """
-        layout = self.spec.layout
-        weight = self.codes().float()
+        layout, tensors = self.spec.layout, self.tensors()
+        weight = tensors.codes().float()
         for segment, columns in enumerate(layout.in_slices):
-            scaled = weight[:, columns] * self.block_scale(segment)
+            scaled = weight[:, columns] * tensors.block_scale(segment)
             weight[:, columns] = rotate(scaled, layout.rotation[segment])
         if self.inverse_smoothing is not None:
             for group, rows in enumerate(layout.out_slices):
@@ -445,7 +220,7 @@ class PackedLinear(nn.Linear):
             assert bias is not None
             bias = bias - (weight * self.shift).sum(dim=1)
         if self.low_rank_up is not None:
-            weight += torch.cat([up.float() @ down.float() for down, up in self._factors()])
+            weight += torch.cat([up.float() @ down.float() for down, up in tensors.factors()])
         dtype = dtype or (torch.float32 if self.bias is None else self.bias.dtype)
         plain = nn.Linear(1, 1, bias=bias is not None, device="meta", dtype=dtype)
         plain.in_features, plain.out_features = self.in_features, self.out_features
@@ -453,15 +228,3 @@ class PackedLinear(nn.Linear):
         if bias is not None:
             plain.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
         return plain
-
-
-def pack_int4(codes: Tensor) -> Tensor:
-    """Two codes a byte: (N, K) int8 in [-8, 7] to (N, ceil(K / 2)) int8, the even channel in the low half."""
-    even, odd = pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2)).unbind(dim=-1)
-    return (even & 0x0F) | (odd << 4)
-
-
-def unpack_int4(packed: Tensor, channels: int) -> Tensor:
-    """The inverse of :func:`pack_int4`: (N, channels) int8."""
-    # An arithmetic shift right keeps the sign of the high half; shifting the low half up first gives it one.
-    return torch.stack([(packed << 4) >> 4, packed >> 4], dim=-1).flatten(1)[:, :channels]

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..kernels.scaled_mm import launches_directly
+
 # A larger block spreads outliers further but costs more: (block) multiply-adds a channel as a matrix product.
 LARGEST_BLOCK = 256
 
@@ -46,11 +48,13 @@ def rotate(x: Tensor, block: int) -> Tensor:
     """
     if block == 1:
         return x
+    # What is kept has to be real.
+    hadamard = _hadamard if launches_directly() else _hadamard.__wrapped__
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     # Scales are found in float32 afterwards.
     with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-        return (x.unflatten(-1, (-1, block)) @ _hadamard(block, x.device, x.dtype)).flatten(-2)
+        return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.device, x.dtype)).flatten(-2)
 
 
 def rotate_segments(x: Tensor, columns: Sequence[slice], blocks: Sequence[int]) -> Tensor:

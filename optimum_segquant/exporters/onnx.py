@@ -31,7 +31,7 @@ from modelopt_ext.export.onnx import (
     target_named,
 )
 from modelopt_ext.export.tensorrt import assert_tensorrt
-from modelopt_ext.nn.packed import PackedSpec
+from modelopt_ext.nn.packed_spec import PackedSpec
 
 from ..components import modules_of
 from ..files import staged_directory, write_manifest

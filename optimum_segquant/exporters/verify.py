@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modelopt_ext.export.onnx import Target, lowered, specs_of
 from modelopt_ext.export.onnx.export import dynamic_dimensions, split_inputs
-from modelopt_ext.nn.packed import PackedSpec
+from modelopt_ext.nn.packed_spec import PackedSpec
 
 from .compare import agreement, run, session
 

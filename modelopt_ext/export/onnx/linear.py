@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from ...formats import SMALLEST_AMAX
 from ...nn import input_block, weight_block
 from ...nn.layout import SPLIT_BY_SIGN
-from ...nn.packed import FORMATS, PackedLinear, PackedSpec
+from ...nn.packed import PackedLinear
+from ...nn.packed_spec import FORMATS, PackedSpec
 from ...nn.rotation import rotate
 from .operators import dequantize_linear, quantize_linear
 from .target import Target, stores_int4
@@ -232,7 +233,9 @@ class OnnxLinear(nn.Module):
         if spec.activations is not None:
             self.input_quantizer = self._make_activations(packed, target)
         self.weight_quantizer: nn.Module = self._make_weights(packed, target)
-        self.low_rank = nn.ModuleList(OnnxBranch(down, up) for down, up in packed._factors()) if spec.rank else None
+        self.low_rank = (
+            nn.ModuleList(OnnxBranch(down, up) for down, up in packed.tensors().factors()) if spec.rank else None
+        )
         for block in {block for block in self.layout.rotation if block > 1}:
             self.register_buffer(f"hadamard{block}", rotate(torch.eye(block), block))
         self.to(packed.weight.device)

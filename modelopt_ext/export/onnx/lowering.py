@@ -11,7 +11,8 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
 
 from ...compress import pack, packed_spec
-from ...nn.packed import PackedLinear, PackedSpec
+from ...nn.packed import PackedLinear
+from ...nn.packed_spec import PackedSpec
 from .linear import OnnxLinear, why_not
 from .target import Target
 

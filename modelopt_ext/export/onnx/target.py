@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...nn.packed import PackedSpec
+from ...nn.packed_spec import PackedSpec
 
 TargetName = Literal["onnxruntime", "tensorrt"]
 
