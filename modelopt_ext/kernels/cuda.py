@@ -93,16 +93,18 @@ def multiplies(a: Tensor, b: Tensor) -> bool:
 
 @cache
 def _lowered(device: int) -> str:
-    """Tell Inductor how to launch the operator. Returns what its cached code depends on: a version of the kernels."""
+    """Tell Inductor what to make of the operators. Returns what its cached code depends on: a version of them."""
     if not multiplies_int8(device):
         return ""
     try:
-        from . import lowering
+        from . import lowering, rounding_lowering
     except ImportError as error:  # Inductor's own parts move
-        logger.warning("segquant: compiled models call products as operators, which takes more of the host (%s)", error)
+        logger.warning("segquant: compiled models call operators, which takes more of the host (%s)", error)
         return ""
     lowering.register(torch.ops.segquant.scaled_mm.default)
-    files = (Path(__file__).with_name(name) for name in ("lowering.py", "triton_gemm.py"))
+    rounding_lowering.register(torch.ops.segquant.codes.default)
+    names = "lowering.py", "triton_gemm.py", "rounding_lowering.py", "rounding.py"
+    files = (Path(__file__).with_name(name) for name in names)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

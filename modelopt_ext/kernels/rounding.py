@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +71,42 @@ def quantize(
         from .triton_rounding import fused
 
         return fused(x, fmt, segments, polarity, shift, inverse_smoothing, scale, scale_negative)
+    if compiled and x.is_cuda and scale is not None and len(scale) == 1 and set(polarity) == {"none"}:
+        lowered = cuda.lowered(x)
+        if lowered and isinstance(x.shape[0], int):
+            bits = [fmt.num_bits] if isinstance(fmt.num_bits, int) else list(fmt.num_bits)
+            codes = torch.ops.segquant.codes(x, shift, inverse_smoothing, scale, list(segments), bits, lowered)
+            return Quantized(codes, [_of_segment(scale, t) for t in range(len(segments))])
     return reference(x, fmt, segments, polarity, shift, inverse_smoothing, scale, scale_negative)
+
+
+def plain_codes(
+    x: Tensor,
+    shift: Tensor | None,
+    inverse_smoothing: Tensor | None,
+    scale: Tensor,
+    segments: Sequence[int],
+    bits: Sequence[int],
+    lowered: str = "",
+) -> Tensor:
+    """:func:`reference` of one group with static scales and signed codes, (M, K); ``bits`` as formats have them."""
+    fmt = QuantFormat(bits[0] if len(bits) == 1 else (bits[0], bits[1]))
+    return reference(x, fmt, segments, ["none"] * len(segments), shift, inverse_smoothing, scale).codes
+
+
+# For compilers, which :mod:`.rounding_lowering` tells what it stands for.
+torch.library.define(
+    "segquant::codes",
+    "(Tensor x, Tensor? shift, Tensor? inverse_smoothing, Tensor scale, int[] segments, int[] bits, str lowered) "
+    "-> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("segquant::codes", "CompositeExplicitAutograd", plain_codes)
+
+
+@torch.library.register_fake("segquant::codes")
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8 if len(arguments[4]) == 1 else torch.float8_e4m3fn)
 
 
 def _fits_kernel(x: Tensor, fmt: QuantFormat) -> bool:
@@ -100,7 +135,10 @@ def reference(
 def smoothed(x: Tensor, shift: Tensor | None, inverse_smoothing: Tensor | None) -> Tensor:
     """``(x - shift) * inverse_smoothing`` of every group, (G M, K) float32; see :func:`quantize`."""
     z = x.float() if shift is None else x.float() - shift
-    return z if inverse_smoothing is None else (z * inverse_smoothing[:, None]).flatten(0, 1)
+    if inverse_smoothing is None:
+        return z
+    # A compiler takes time for every operation, also for those that do nothing.
+    return z * inverse_smoothing if len(inverse_smoothing) == 1 else (z * inverse_smoothing[:, None]).flatten(0, 1)
 
 
 def rounded(
