@@ -71,13 +71,49 @@ def quantize(
         from .triton_rounding import fused
 
         return fused(x, fmt, segments, polarity, shift, inverse_smoothing, scale, scale_negative)
-    if compiled and x.is_cuda and scale is not None and len(scale) == 1 and set(polarity) == {"none"}:
-        lowered = cuda.lowered(x)
-        if lowered and isinstance(x.shape[0], int):
-            bits = [fmt.num_bits] if isinstance(fmt.num_bits, int) else list(fmt.num_bits)
-            codes = torch.ops.segquant.codes(x, shift, inverse_smoothing, scale, list(segments), bits, lowered)
-            return Quantized(codes, [_of_segment(scale, t) for t in range(len(segments))])
+    lowered = cuda.lowered(x) if compiled and x.is_cuda and scale is not None else ""
+    if scale is not None and lowered and isinstance(x.shape[0], int):
+        return _as_operator(x, fmt, segments, polarity, shift, inverse_smoothing, scale, scale_negative, lowered)
     return reference(x, fmt, segments, polarity, shift, inverse_smoothing, scale, scale_negative)
+
+
+def _as_operator(
+    x: Tensor,
+    fmt: QuantFormat,
+    segments: Sequence[int],
+    polarity: Sequence[str],
+    shift: Tensor | None,
+    inverse_smoothing: Tensor | None,
+    scale: Tensor,
+    scale_negative: Tensor | None,
+    lowered: str,
+) -> Quantized:
+    """:func:`reference` with static scales as one operator, which :mod:`.rounding_lowering` explains to Inductor."""
+    bits = [fmt.num_bits] if isinstance(fmt.num_bits, int) else list(fmt.num_bits)
+    scales = [_of_segment(scale, t) for t in range(len(segments))]
+    if set(polarity) == {"none"}:
+        codes = torch.ops.segquant.codes(x, shift, inverse_smoothing, scale, list(segments), bits, lowered)
+        return Quantized(codes, scales)
+    assert scale_negative is not None
+    codes, negative = torch.ops.segquant.codes_of_signs(
+        x, shift, inverse_smoothing, scale, scale_negative, list(segments), list(polarity), bits, lowered
+    )
+    return Quantized(codes, scales, negative, [_of_segment(scale_negative, t) for t in range(len(segments))])
+
+
+# Arguments as in :func:`quantize`; ``bits`` as :class:`QuantFormat` has them, and the version of the lowering.
+torch.library.define(
+    "segquant::codes",
+    "(Tensor x, Tensor? shift, Tensor? inverse_smoothing, Tensor scale, int[] segments, int[] bits, str lowered) "
+    "-> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "segquant::codes_of_signs",
+    "(Tensor x, Tensor? shift, Tensor? inverse_smoothing, Tensor scale, Tensor scale_negative, int[] segments, "
+    "str[] polarity, int[] bits, str lowered) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 def plain_codes(
@@ -89,24 +125,49 @@ def plain_codes(
     bits: Sequence[int],
     lowered: str = "",
 ) -> Tensor:
-    """:func:`reference` of one group with static scales and signed codes, (M, K); ``bits`` as formats have them."""
-    fmt = QuantFormat(bits[0] if len(bits) == 1 else (bits[0], bits[1]))
-    return reference(x, fmt, segments, ["none"] * len(segments), shift, inverse_smoothing, scale).codes
+    """The operator of that name: (G M, K)."""
+    polarity = ["none"] * len(segments)
+    return reference(x, _format_of(bits), segments, polarity, shift, inverse_smoothing, scale).codes
 
 
-# For compilers, which :mod:`.rounding_lowering` tells what it stands for.
-torch.library.define(
-    "segquant::codes",
-    "(Tensor x, Tensor? shift, Tensor? inverse_smoothing, Tensor scale, int[] segments, int[] bits, str lowered) "
-    "-> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+def plain_codes_of_signs(
+    x: Tensor,
+    shift: Tensor | None,
+    inverse_smoothing: Tensor | None,
+    scale: Tensor,
+    scale_negative: Tensor,
+    segments: Sequence[int],
+    polarity: Sequence[str],
+    bits: Sequence[int],
+    lowered: str = "",
+) -> tuple[Tensor, Tensor]:
+    """The operator of that name: twice (G M, K)."""
+    found = reference(x, _format_of(bits), segments, polarity, shift, inverse_smoothing, scale, scale_negative)
+    assert found.negative is not None
+    return found.codes, found.negative
+
+
 torch.library.impl("segquant::codes", "CompositeExplicitAutograd", plain_codes)
+torch.library.impl("segquant::codes_of_signs", "CompositeExplicitAutograd", plain_codes_of_signs)
 
 
 @torch.library.register_fake("segquant::codes")
-def _(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.int8 if len(arguments[4]) == 1 else torch.float8_e4m3fn)
+def _(x: Tensor, shift: Any, inverse_smoothing: Any, scale: Tensor, segments: Any, bits: Any, lowered: str) -> Tensor:
+    return _codes_like(x, scale, bits)
+
+
+@torch.library.register_fake("segquant::codes_of_signs")
+def _(x: Tensor, shift: Any, inverse_smoothing: Any, scale: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _codes_like(x, scale, arguments[3]), _codes_like(x, scale, arguments[3])
+
+
+def _codes_like(x: Tensor, scale: Tensor, bits: Sequence[int]) -> Tensor:
+    kind = torch.int8 if len(bits) == 1 else torch.float8_e4m3fn
+    return x.new_empty((len(scale) * x.shape[0], x.shape[1]), dtype=kind)
+
+
+def _format_of(bits: Sequence[int]) -> QuantFormat:
+    return QuantFormat(bits[0] if len(bits) == 1 else (bits[0], bits[1]))
 
 
 def _fits_kernel(x: Tensor, fmt: QuantFormat) -> bool:

@@ -205,10 +205,12 @@ torch.library.define(
 )
 
 
-@torch.library.impl("segquant::packed_linear", "CompositeImplicitAutograd")
 def _packed_linear(x: Tensor, *rest: Any) -> Tensor:
     *tensors, spec, dtype = rest
     return PackedTensors(_read(spec), *tensors).outputs(x, dtype, compiled=True)
+
+
+torch.library.impl("segquant::packed_linear", "CompositeImplicitAutograd", _packed_linear)
 
 
 def described(spec: PackedSpec) -> str:
