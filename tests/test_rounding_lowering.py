@@ -39,7 +39,8 @@ def rounded(run: Any, tensors: Sequence[Sequence[Tensor]], **more: Any) -> list[
     for (fmt, segments, polarity, _), (x, *rest) in zip(CASES, tensors, strict=True):
         result = run(torch.tanh(2 * x), fmt, segments, polarity, *rest, **more)
         codes = [result.codes] if result.negative is None else [result.codes, result.negative]
-        scales = [*result.scales, *(result.negative_scales or [])]
+        negative = zip(result.negative_scales or [], polarity, strict=False)
+        scales = [*result.scales, *(scale for scale, sign in negative if sign != "none")]  # nobody reads the others
         found.append([code.view(torch.int8) for code in codes] + scales)
     return found
 
