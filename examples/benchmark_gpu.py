@@ -28,7 +28,7 @@ import modelopt.torch.quantization as mtq
 import torch
 from gpu_models import DENOISERS, Call
 from gpu_products import SHAPES, TINY_SHAPES, products, rounding
-from gpu_timing import STEPS_AT_ONCE, breakdown, milliseconds, release
+from gpu_timing import STEPS_AT_ONCE, breakdown, compile_seconds, milliseconds, release
 from torch import nn
 
 import modelopt_ext
@@ -147,21 +147,23 @@ def fuse_qkv(model: Any) -> None:
                         delattr(module, part)
 
 
-def model_step(run: Any, call: Call, device: torch.device) -> dict[str, float]:
-    """Milliseconds of a step, seconds of the first call, peak GiB."""
+def model_step(run: Any, call: Call, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a step, seconds of the first call and of compiling in it, peak GiB."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    start, before = time.perf_counter(), compile_seconds()
     with torch.no_grad():
         run(**call)
         if cuda:
             torch.cuda.synchronize()
         first = time.perf_counter() - start
+        stages = {stage: seconds - before[stage] for stage, seconds in compile_seconds().items()}
         step = milliseconds(lambda _: run(**call), device, at_once=STEPS_AT_ONCE)
         alone = milliseconds(lambda _: run(**call), device)
     peak = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
-    return {"step ms": step, "waited for, ms": alone, "first call s": first, "peak GiB": peak}
+    numbers: dict[str, Any] = {"step ms": step, "waited for, ms": alone, "first call s": first, "peak GiB": peak}
+    return numbers | ({"compiling, s": stages} if any(stages.values()) else {})
 
 
 @torch.no_grad()
@@ -210,7 +212,7 @@ def measure_way(
         run = eager if how == "eager" else compiled(model, how, way)
         for batch in options.batches:
             call = denoiser.call(model, batch, options.tiny, 2)
-            numbers: dict[str, Any] = dict(model_step(run, call, device))
+            numbers = model_step(run, call, device)
             if device.type == "cuda" and how != "eager":
                 try:
                     numbers["graph ms"] = graph_step(run, call, device)
@@ -301,7 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         results[label] = numbers
         if isinstance(numbers, dict):
             listed = numbers.pop("slowest kernels", [])
-            flat = {**{k: v for k, v in numbers.items() if not isinstance(v, dict)}, **numbers.get("by kind, ms", {})}
+            flat = dict(numbers)
+            for part in [name for name, value in numbers.items() if isinstance(value, dict)]:
+                flat.update(flat.pop(part))
             print(f"{label}: " + ", ".join(f"{key} {value:.2f}" for key, value in flat.items()), flush=True)
             for line in listed:
                 print(f"    {line}", flush=True)

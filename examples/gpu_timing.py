@@ -1,4 +1,4 @@
-"""Timing on a GPU: medians by events, single kernels in CUDA graphs, and where the time of a step goes."""
+"""Timing on a GPU: medians by events, single kernels in CUDA graphs, where a step's time goes, and a compilation's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
+from torch._dynamo.utils import compilation_time_metrics
 from torch.profiler import ProfilerActivity, profile
 
 STEPS_AT_ONCE = 4  # denoising steps that a pipeline sends off before anything waits for the GPU
@@ -111,6 +112,18 @@ def breakdown(work: Callable[[], object], steps: int = 2) -> tuple[dict[str, flo
         # Inductor names a fused kernel after all that it holds, also what it only feeds.
         kinds["fused elementwise" if lower.startswith("triton_") else kind] += time_taken
     return dict(kinds.most_common()), [(name, t, launches[name] // steps) for name, t in kernels.most_common(12)]
+
+
+def compile_seconds() -> dict[str, float]:
+    """Seconds that compilations of this process have taken so far, by stage: those of ``kernels`` are waited for."""
+    taken = Counter({name: sum(seconds) for name, seconds in compilation_time_metrics.items()})
+    kernels = taken["async_compile.wait"] + taken["async_compile.precompile"]
+    return {
+        "Dynamo": taken["bytecode_tracing"],
+        "AOTAutograd": taken["create_aot_dispatcher_function"] - taken["compile_fx_inner"],
+        "Inductor": taken["compile_fx_inner"] - kernels,
+        "kernels": kernels,
+    }
 
 
 def release(device: torch.device) -> None:

@@ -13,6 +13,8 @@ import benchmark_cpu
 import benchmark_gpu
 import multi_gpu
 import pytest
+import torch
+from torch import nn
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -28,6 +30,17 @@ def test_benchmark_measures_every_way_and_writes_it_down(tmp_path: Path, capsys:
     assert results["sd35, int8"]["weights GiB"] < results["sd35, bf16"]["weights GiB"]
     assert set(results["products"]["tiny"]) >= {"bf16", "int8 static", "int8 dual8", "fp8 static"}
     assert "TB/s" in capsys.readouterr().out
+
+
+def test_stages_of_a_compilation_are_parts_of_the_first_call() -> None:
+    torch._dynamo.reset()
+    call = {"input": torch.randn(4, 8)}
+    plain = benchmark_gpu.model_step(nn.Linear(8, 8), call, torch.device("cpu"))
+    compiled = torch.compile(nn.Linear(8, 8), backend="aot_eager")
+    numbers = benchmark_gpu.model_step(compiled, call, torch.device("cpu"))
+    assert "compiling, s" not in plain
+    assert numbers["compiling, s"]["Dynamo"] > 0
+    assert sum(numbers["compiling, s"].values()) < numbers["first call s"]
 
 
 def test_plot_of_the_numbers_in_the_repository(tmp_path: Path) -> None:
