@@ -23,8 +23,8 @@ class Target:
         default_opset: what is written where nothing asks for more.
         unsigned: whether 8-bit codes are stored as uint8. In ONNX Runtime all are, weights too: codes plus 128 with a
             zero point of 128. On x86 CPUs without VNNI its products of unsigned by signed codes saturate at 16 bits
-            (`vpmaddubsw`), those of unsigned by unsigned ones don't, and with VNNI both run the same kernel. TensorRT
-            takes int8 with zero point 0 only.
+            (`vpmaddubsw`), those of unsigned by unsigned ones don't. On CPUs with AMX it multiplies unsigned by signed
+            codes much faster, which no target asks for yet. TensorRT takes int8 with zero point 0 only.
         rows_first: whether every weight is stored (N, K) with scales on axis 0 and transposed in the graph. ONNX
             Runtime gets (K, N) where it has an integer kernel, which then needs no rewriting when loaded.
         int4_as_int8: whether int4 weights that meet integer activations are cast to int8 in the graph before they are
