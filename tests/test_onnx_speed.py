@@ -64,9 +64,9 @@ def bare_products(path: Path, width: int, tokens: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 def test_int8_is_faster_than_float32(tmp_path: Path) -> None:
-    """Or not much slower than the runtime multiplies such codes, where that itself is no faster than float32.
+    """Two threads, default options, in turn, so that a busy machine slows all.
 
-    Two threads, default options, in turn, so that a busy machine slows all.
+    On CPUs with AMX the runtime multiplies unsigned codes no faster than float32; there it adds little to that.
     """
     *paths, x = exported(tmp_path, WIDTH, TOKENS)
     inputs = {path: {"input": x.numpy()} for path in paths}
@@ -80,4 +80,5 @@ def test_int8_is_faster_than_float32(tmp_path: Path) -> None:
             runtime.run(None, inputs[path])
             best[path] = min(best[path], time.perf_counter() - start)
     plain, int8, products = best.values()
-    assert int8 < max(0.9 * plain, 1.5 * products), ", ".join(f"{p.stem} {1e3 * t:.0f} ms" for p, t in best.items())
+    bound = 1.4 * products if torch.cpu.get_capabilities().get("amx_int8") else 0.9 * plain
+    assert int8 < bound, ", ".join(f"{path.stem} {1e3 * seconds:.0f} ms" for path, seconds in best.items())
