@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 STEPS_AT_ONCE = 4  # denoising steps that a pipeline sends off before anything waits for the GPU
 # Of single kernels: how many are in a CUDA graph, milliseconds that it is replayed for, and how often.
-IN_A_GRAPH, SUSTAINED, ROUNDS = 8, 30.0, 5
+IN_A_GRAPH, SUSTAINED, ROUNDS = 8, 30.0, 9
 
 # A kernel belongs to the first kind of which a part of its name says so.
 KINDS = {
@@ -57,8 +58,8 @@ def product_milliseconds(work: Callable[[int], object], device: torch.device) ->
 def in_turns(ways: Mapping[str, Callable[[int], object]], device: torch.device) -> dict[str, float]:
     """Median milliseconds of several ways to do one thing, measured by turns and for long enough.
 
-    A GPU lowers its clock under load: what is measured first, or for a moment, seems faster than what follows. A few
-    percent of that are left: each way still finds the clock that the one before it has left.
+    A GPU lowers its clock under load: what is measured first, or for a moment, seems faster than what follows, and each
+    way finds the clock that the one before it has left. Turns are shuffled, so that this is another one in each round.
     """
     if device.type != "cuda":
         return {name: milliseconds(work, device) for name, work in ways.items()}
@@ -68,8 +69,10 @@ def in_turns(ways: Mapping[str, Callable[[int], object]], device: torch.device) 
         once = milliseconds(lambda _, run=replay: run(), device, repeats=3)  # type: ignore[misc]
         at_once[name] = max(1, round(SUSTAINED / once))
     times: dict[str, list[float]] = {name: [] for name in ways}
+    shuffled = random.Random(0)
     for _ in range(ROUNDS):
-        for name, replay in replays.items():
+        for name in shuffled.sample(list(replays), len(replays)):
+            replay = replays[name]
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             replay()
             start.record()

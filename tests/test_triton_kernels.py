@@ -77,7 +77,7 @@ def test_few_rows_give_the_references_numbers(rows: int, zero: int, per_token: b
     sums = b.sum(dim=1, dtype=torch.int32)
     second = (a2, 2 * scale) if dual else (None, None)
     operands = Operands(a, b, scale, scale_b, bias, zero, sums, *second, -1, groups)
-    found = launch_few_rows(_few_rows.fn, operands, torch.float32, **FEW)
+    found = launch_few_rows(operands, torch.float32, **FEW)
     expected = reference(*operands)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
 
@@ -88,21 +88,8 @@ def test_scales_of_groups_that_do_not_lie_side_by_side() -> None:
     table, table2 = torch.rand(2, groups, segments, device=DEVICE).unbind()
     scale_b = torch.rand(groups * 16, device=DEVICE)
     operands = Operands(a, b, table[:, 1:], scale_b, a2=a2, scale_a2=table2[:, 1:], groups=groups)
-    found = launch_few_rows(_few_rows.fn, operands, torch.float32, **FEW)
+    found = launch_few_rows(operands, torch.float32, **FEW)
     torch.testing.assert_close(found, reference(*operands), rtol=1e-5, atol=1e-2)
-
-
-def test_tiles_are_chosen_anew_for_groups_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_few_rows, "cache", {})
-    monkeypatch.setattr(triton_gemm, "_AGAIN", {})
-    monkeypatch.setattr(_few_rows, "cache_results", False)
-    monkeypatch.setattr(_few_rows, "_bench", lambda *_, config, **__: [-config.kwargs["BLOCK_N"]])  # the widest wins
-    b, scale_b = codes(96, 64, 0), torch.rand(96, device=DEVICE)
-    for groups in (1, 2):  # 96 columns, then 48
-        a, scale = codes(groups * 4, 64, groups), torch.rand(groups, 1, device=DEVICE)
-        operands = Operands(a, b, scale, scale_b, groups=groups)
-        found = launch_few_rows(_few_rows, operands, torch.float32)
-        torch.testing.assert_close(found, reference(*operands), rtol=1e-5, atol=1e-2)
 
 
 def test_a_segment_of_strided_operands_and_half_precision_output() -> None:
@@ -114,7 +101,7 @@ def test_a_segment_of_strided_operands_and_half_precision_output() -> None:
     found = launch_tiles(_tiles.fn, operands, torch.float16, False, **TILES)
     assert found.dtype == torch.float16
     assert torch.equal(found, expected)
-    assert torch.equal(launch_few_rows(_few_rows.fn, operands, torch.float16, **FEW), expected)
+    assert torch.equal(launch_few_rows(operands, torch.float16, **FEW), expected)
 
 
 @pytest.mark.parametrize("choices", [1, 2])
@@ -122,16 +109,17 @@ def test_a_segment_of_strided_operands_and_half_precision_output() -> None:
 def test_the_kernel_is_chosen_by_the_rows(
     rows: int, groups: int, choices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And tuned where there are several tiles to choose from."""
+    """And that of many rows is tuned where there are several tiles to choose from."""
     a, b = codes(groups * rows, 64, 0), codes(groups * 32, 64, 1)
     scale, scale_b = torch.rand(groups, 1, device=DEVICE), torch.rand(groups * 32, device=DEVICE)
     operands = Operands(a.t().contiguous().t(), b, scale, scale_b, groups=groups, size=64)
 
     tiles = {name: size for name, size in TILES.items() if name != "processors"}
-    kernels = _WithTiles(_few_rows.fn, FEW), _WithTiles(_tiles.fn, tiles)
-    for name, fitting, kernel in zip(("_few_rows", "_tiles"), ("few_rows", "tiles"), kernels, strict=True):
-        monkeypatch.setattr(triton_gemm, name, kernel)
-        monkeypatch.setattr(triton_gemm, f"fitting_{fitting}", lambda *_, found=kernel: [found.best_config] * choices)
+    few, many = kernels = _WithTiles(_few_rows, FEW), _WithTiles(_tiles.fn, tiles)
+    monkeypatch.setattr(triton_gemm, "_few_rows", few.fn)
+    monkeypatch.setattr(triton_gemm, "few_rows_tile", lambda *_: few.best_config)
+    monkeypatch.setattr(triton_gemm, "_tiles", many)
+    monkeypatch.setattr(triton_gemm, "fitting_tiles", lambda *_: [many.best_config] * choices)
     monkeypatch.setattr(triton_gemm, "_AGAIN", {})
     if not HAS_GPU:
         monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
@@ -140,7 +128,7 @@ def test_the_kernel_is_chosen_by_the_rows(
         torch.testing.assert_close(found, reference(*operands), rtol=1e-5, atol=1e-2)
     # What was copied to be launched is not kept, and Triton's interpreter leaves nothing to launch again.
     used, unused = kernels if rows == 3 else reversed(kernels)
-    assert used.launches == [choices > 1] * (2 if HAS_GPU else 3)
+    assert used.launches == [used is many and choices > 1] * (2 if HAS_GPU else 3)
     assert unused.launches == []
 
 
@@ -163,17 +151,18 @@ def test_tiles_of_many_rows_keep_all_processors_busy(rows: int, columns: int, du
 @pytest.mark.parametrize(
     ("columns", "channels", "group", "expected"),
     [
-        (18432, 3072, 18432, [64, 32]),
-        (18432, 3072, 32 * 9, [32, 16]),
-        (3072, 3072, 3072, [32]),
-        (1000, 256, 1000, [32]),  # one group need not be a multiple of anything
-        (96, 256, 48, [16]),
+        (18432, 3072, 18432, 64),
+        (18432, 3072, 32 * 9, 32),
+        (9216, 1536, 9216, 32),
+        (3072, 3072, 3072, 16),
+        (1000, 256, 1000, 16),
+        (9999, 256, 9999, 32),  # one group need not be a multiple of anything
+        (9216, 1536, 48, 16),
     ],
 )
-def test_tiles_of_few_rows_lie_in_one_group(columns: int, channels: int, group: int, expected: list[int]) -> None:
-    """And only large weights are worth a search."""
-    tiles = triton_gemm.fitting_few_rows(columns, channels, group)
-    assert [tile.kwargs["BLOCK_N"] for tile in tiles] == expected
+def test_tiles_of_few_rows_lie_in_one_group(columns: int, channels: int, group: int, expected: int) -> None:
+    """And leave no multiprocessor without work."""
+    assert triton_gemm.few_rows_tile(columns, channels, group, 132).kwargs["BLOCK_N"] == expected
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["per-token", "static"])
@@ -192,7 +181,7 @@ def test_two_operands_need_the_shared_memory_of_a_data_center_gpu(
     shared: int, dual: bool, tma: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_gemm, "_properties", lambda _: (True, 3))
-    monkeypatch.setattr(triton_gemm, "_shared_memory", lambda _: shared * 1024)
+    monkeypatch.setattr(triton_gemm, "shared_memory", lambda _: shared * 1024)
     a, b, one, scale_b = codes(100, 64, 0), codes(32, 64, 1), torch.ones(1, 1), torch.ones(32)
     second = {"a2": a, "scale_a2": one} if dual else {}
     assert triton_gemm.fits_descriptors(Operands(a, b, one, scale_b, **second), torch.bfloat16) is tma
@@ -216,6 +205,7 @@ def test_kernels_run_on_the_device_of_their_operands(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(triton_gemm, "_properties", lambda _: (False, 3))
+    monkeypatch.setattr(triton_rounding, "shared_memory", lambda _: 0)
     monkeypatch.setattr(triton_gemm, "_signature", lambda *_: None)
     monkeypatch.setattr(triton_gemm, "_launch", lambda *_: launched.append(current[0]))
     with FakeTensorMode():
@@ -301,12 +291,46 @@ def test_activations_are_rounded_to_the_references_codes(
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 320, 2432, 3072, 4096, 9728, 12288, 16384, 20000])
 def test_rows_are_kept_in_two_blocks(size: int) -> None:
-    first, second, warps = _per_token_blocks(size, 1024)
+    first, second, warps = _per_token_blocks(size)
     assert second in (first, first // 2)
     assert first + second <= MOST_KEPT
     assert first + second >= min(size, MOST_KEPT)
-    assert size > (first + second) * 2 // 3 or size <= 4
+    assert size > (first + second) * (2 / 3 if second >= warps * 512 else 1 / 2) or size <= 4
     assert all(number & (number - 1) == 0 for number in (first, second, warps))
+
+
+@pytest.mark.parametrize(("shared", "size", "stages"), [(227, 12288 * 2, 4), (99, 16384 * 4, 2), (48, 16384 * 4, 1)])
+def test_rows_on_their_way_fit_into_shared_memory(
+    shared: int, size: int, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_rounding, "shared_memory", lambda _: shared * 1024)
+    assert triton_rounding._stages(size, torch.device("cuda")) == stages
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("channels", [320, 640, 2432, 3072, 12288, 15360, 20000])
+@pytest.mark.parametrize("polarity", ["none", "dual", "dual8"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_rows_of_real_sizes_are_rounded_by_scales_per_token(
+    smoothed: bool, kind: torch.dtype, polarity: str, channels: int
+) -> None:
+    torch.manual_seed(0)
+    x = 3 * torch.randn(1000, channels, device=DEVICE, dtype=kind)
+    shift = torch.randn(channels, device=DEVICE) if smoothed else None
+    smoothing = torch.rand(1, channels, device=DEVICE) + 0.5 if smoothed else None
+    found = rounding.quantize(x, QuantFormat(8), (channels,), (polarity,), shift, smoothing)
+    expected = rounding.reference(x, QuantFormat(8), (channels,), (polarity,), shift, smoothing)
+    pairs = [(found.codes, expected.codes), (found.scales[0], expected.scales[0])]
+    if found.negative_scales and expected.negative_scales:
+        pairs += [(found.negative, expected.negative), (found.negative_scales[0], expected.negative_scales[0])]
+    assert len(pairs) == (2 if polarity == "none" else 4)
+    for ours, theirs in pairs:
+        if ours.dtype == torch.int8:
+            assert mostly_equal(ours, theirs)
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu

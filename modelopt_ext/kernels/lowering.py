@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import triton
 from torch import Tensor, fx
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import ir
@@ -99,7 +100,7 @@ def _tiles(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
     processors = triton_gemm.processor_count(values.a.device)
     tiles = triton_gemm.fitting_tiles(counted, values.b.shape[0], processors, tma, values.is_dual)
     grid, constants = triton_gemm.tiles_grid(values, tma)
-    kernel = triton_gemm.tuned_over(tiles, few=False)
+    kernel = _over(triton_gemm._tiles.fn, tiles)
     return _triton(boxes, values, out_dtype, kernel, grid, triton_gemm.numbers_of(values), constants)
 
 
@@ -108,9 +109,15 @@ def _few(boxes: Operands, values: Operands, out_dtype: torch.dtype) -> Any:
     values = Operands(*map(_as_read, values))
     columns, channels = values.b.shape
     group = columns // values.groups
-    kernel = triton_gemm.tuned_over(triton_gemm.fitting_few_rows(columns, channels, group), few=True)
+    tile = triton_gemm.few_rows_tile(columns, channels, group, triton_gemm.processor_count(values.a.device))
+    kernel = _over(triton_gemm._few_rows, [tile])
     grid, constants = triton_gemm.few_rows_grid(values)
     return _triton(boxes, values, out_dtype, kernel, grid, (*triton_gemm.numbers_of(values), group), constants)
+
+
+def _over(kernel: Any, tiles: list[triton.Config]) -> Any:
+    """A kernel with tiles to choose from."""
+    return triton.autotune(configs=tiles, key=[])(kernel)
 
 
 def _triton(

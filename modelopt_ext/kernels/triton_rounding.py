@@ -2,9 +2,9 @@
 
 A program with static scales has a block of channels of several rows, so that what belongs to a channel is read once for
 all of them. With scales per token it has whole rows, one after the other: a row stays in registers from the largest
-magnitude to the codes (one that is too long for that is read again), and the next one is loaded meanwhile. Everything
-is one-dimensional: loads and stores of two dimensions have layouts of their own in Triton, and what goes from one to
-the other goes through shared memory, behind barriers.
+magnitude to the codes (one that is too long for that is read again), and the next ones are copied to shared memory
+meanwhile. Loads and stores are one-dimensional: those of two dimensions have layouts of their own in Triton, and what
+goes from one to the other goes through shared memory, behind barriers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..formats import E4M3_MAX, SMALLEST_AMAX, QuantFormat
 from .cuda import on_device_of
 from .rounding import Quantized, offset_of
 from .scaled_mm import launches_directly
-from .triton_gemm import processor_count
+from .triton_gemm import processor_count, shared_memory
 
 POLARITIES = ("none", "dual", "dual8")
 # Rows, channels and warps of a program with static scales.
@@ -33,16 +33,21 @@ STATIC_BLOCK = (8, 1024, 2)
 FEWEST_CHANNELS = 256
 # With scales per token: channels that a program keeps, and channels a warp, at most.
 MOST_KEPT, KEPT_BY_WARP = 16384, 2048
-# Channels of all such programs on a multiprocessor, where they keep shift and smoothing, too.
+# Channels of all such programs on a multiprocessor.
 KEPT_AT_ONCE = 12288
+# Rows in registers and on their way, where shared memory has room for them.
+MOST_STAGES = 4
+# Codes that a warp stores at once. Smaller blocks have layouts of their own, too.
+STORED_AT_ONCE = 512
 
 
 @triton.jit
 def _store(places, q, inside, OFFSET: tl.constexpr, FP8: tl.constexpr):
     """Codes of values in units of the scale: to the nearest, ties to even."""
     if not FP8:
-        # Adding 1.5 * 2^23 leaves no bits for a fraction, and a bit pattern that counts in ones.
-        q = (q + 12582912.0).to(tl.int32, bitcast=True) - (0x4B400000 + OFFSET)
+        # Adding 1.5 * 2^23 leaves no bits for a fraction, and a bit pattern that counts in ones from 0x4B400000 on, of
+        # which the last byte is kept.
+        q = (q + (12582912.0 - OFFSET)).to(tl.int32, bitcast=True)
     tl.store(places, q.to(places.dtype.element_ty), mask=inside)
 
 
@@ -96,9 +101,26 @@ def _smoothed(x, shift, factor, HAS_SHIFT: tl.constexpr, HAS_SMOOTHING: tl.const
 
 
 @triton.jit
-def _highest(z, POLARITY: tl.constexpr):
-    """What decides the scale of a block: its largest magnitude, or its largest value where signs are split."""
-    return tl.max(tl.abs(z) if POLARITY == 0 else z, axis=0)
+def _higher_and_lower(high, low, high2, low2):
+    return tl.maximum(high, high2), tl.minimum(low, low2)
+
+
+@triton.jit
+def _extremes(z, POLARITY: tl.constexpr):
+    """What decides the scales of a block: its largest magnitude and 0, or its extreme values where signs are split."""
+    if POLARITY == 0:
+        return tl.max(tl.abs(z), axis=0), 0.0
+    return tl.reduce((z, z), 0, _higher_and_lower)
+
+
+@triton.jit
+def _extremes_of_two(z, z2, BLOCK: tl.constexpr, BLOCK2: tl.constexpr, POLARITY: tl.constexpr):
+    """The same of two blocks, by one reduction among threads, which has to wait for all of them."""
+    parts = tl.reshape(z, (BLOCK // BLOCK2, BLOCK2))  # a thread's own
+    if POLARITY == 0:
+        return tl.max(tl.maximum(tl.max(tl.abs(parts), axis=0), tl.abs(z2)), axis=0), 0.0
+    high, low = tl.maximum(tl.max(parts, axis=0), z2), tl.minimum(tl.min(parts, axis=0), z2)
+    return tl.reduce((high, low), 0, _higher_and_lower)
 
 
 @triton.jit
@@ -183,9 +205,9 @@ def _quantize_per_token(
     BLOCK: tl.constexpr,
     BLOCK2: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Scales (T, G M) and codes by them; a program has every PROGRAMS-th row of a group, in two blocks of channels."""
-    row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(2)
     x_ptr += START
     shift_ptr += START
@@ -198,22 +220,18 @@ def _quantize_per_token(
     shift2 = _of_channels(shift_ptr, k2, inside2, HAS_SHIFT)
     factor = _of_channels(inverse_ptr, k, inside, HAS_SMOOTHING)
     factor2 = _of_channels(inverse_ptr, k2, inside2, HAS_SMOOTHING)
-    x = tl.load(x_ptr + row * stride_x + k, mask=inside, other=0.0)
-    x2 = tl.load(x_ptr + row * stride_x + k2, mask=inside2, other=0.0)
-    while row < M:
-        following = row + PROGRAMS
-        x_following = tl.load(x_ptr + following * stride_x + k, mask=inside & (following < M), other=0.0)
-        x2_following = tl.load(x_ptr + following * stride_x + k2, mask=inside2 & (following < M), other=0.0)
+    for row in tl.range(tl.program_id(0).to(tl.int64), M, PROGRAMS, num_stages=STAGES):
+        x = tl.load(x_ptr + row * stride_x + k, mask=inside, other=0.0)
+        x2 = tl.load(x_ptr + row * stride_x + k2, mask=inside2, other=0.0)
         z = _smoothed(x, shift, factor, HAS_SHIFT, HAS_SMOOTHING)
         z2 = _smoothed(x2, shift2, factor2, HAS_SHIFT, HAS_SMOOTHING)
-        highest = tl.maximum(_highest(z, POLARITY), _highest(z2, POLARITY))
-        lowest = tl.minimum(tl.min(z, axis=0), tl.min(z2, axis=0)) if POLARITY != 0 else 0.0
+        highest, lowest = _extremes_of_two(z, z2, BLOCK, BLOCK2, POLARITY)
         for block in range(BLOCKS):
             channel = BLOCK + BLOCK2 + block * BLOCK + k
             within = channel < SIZE
             more = _more(x_ptr + row * stride_x, shift_ptr, inverse_ptr, channel, within, HAS_SHIFT, HAS_SMOOTHING)
-            highest = tl.maximum(highest, _highest(more, POLARITY))
-            lowest = tl.minimum(lowest, tl.min(more, axis=0)) if POLARITY != 0 else 0.0
+            high, low = _extremes(more, POLARITY)
+            highest, lowest = _higher_and_lower(highest, lowest, high, low)
         scale = tl.math.div_rn(tl.maximum(highest, SMALLEST), LARGEST_CODE)
         scale2 = scale
         out_row = group * M + row
@@ -250,9 +268,6 @@ def _quantize_per_token(
                 POLARITY,
                 True,
             )
-        x = x_following
-        x2 = x2_following
-        row = following
 
 
 @torch.library.triton_op("segquant::quantize", mutates_args={})
@@ -351,12 +366,9 @@ def launch(
             of_channels = x if shift is None else shift, x if inverse_smoothing is None else inverse_smoothing
             sizes = rows, channels, x.stride(0), ends[segment] - size, size, segment
             if scale is None:
-                keeps = shift is not None or inverse_smoothing is not None
-                # By measurement. Both signs at once leave no registers for more warps.
-                by_warp = KEPT_BY_WARP // 2 if keeps and not sign else KEPT_BY_WARP
-                width, width2, warps = block or _per_token_blocks(size, by_warp)
+                width, width2, warps = block or _per_token_blocks(size)
                 kept = width + width2
-                programs = min(rows, processor_count(x.device) * max(1, KEPT_AT_ONCE // kept)) if keeps else rows
+                programs = min(rows, processor_count(x.device) * max(1, KEPT_AT_ONCE // kept))
                 wrap(_quantize_per_token)[(programs, 1, groups)](
                     x,
                     *of_channels,
@@ -371,6 +383,7 @@ def launch(
                     BLOCK=width,
                     BLOCK2=width2,
                     BLOCKS=triton.cdiv(max(size - kept, 0), width),
+                    STAGES=_stages(kept * x.element_size(), x.device) if size <= kept else 1,
                     num_warps=warps,
                     **shared,
                 )
@@ -398,11 +411,17 @@ def _unwrapped(kernel: Any) -> Any:
     return kernel
 
 
-def _per_token_blocks(size: int, by_warp: int) -> tuple[int, int, int]:
+def _per_token_blocks(size: int) -> tuple[int, int, int]:
     """Sizes of a row's two blocks and warps of a program: powers of two that leave less of a row's end unused."""
     both = min(max(triton.next_power_of_2(size), 4), MOST_KEPT)
-    first, second = both // 2, both // 4 if size <= both * 3 // 4 else both // 2
-    return first, second, max(1, both // by_warp)
+    warps = max(1, both // KEPT_BY_WARP)
+    unequal = size <= both * 3 // 4 and both // 4 >= warps * STORED_AT_ONCE
+    return both // 2, both // 4 if unequal else both // 2, warps
+
+
+def _stages(size: int, device: torch.device) -> int:
+    """Rows of ``size`` bytes that a program has at a time, the one in registers included."""
+    return min(MOST_STAGES, 1 + shared_memory(device) // size)
 
 
 def fused(
