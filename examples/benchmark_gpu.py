@@ -229,7 +229,7 @@ def measure_way(
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Steps of the compiled models as bars, one group a model and batch size.
+    """Steps of the compiled models as bars, a row of panels for each batch size.
 
     Raises:
         ValueError: no step was measured.
@@ -239,26 +239,34 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps: dict[str, dict[str, float]] = {}
+    steps: dict[tuple[str, str], dict[str, float]] = {}
     for label, numbers in results.items():
         parts = label.split(", ")
         if len(parts) == 4 and parts[2] != "eager" and isinstance(numbers, dict) and "step ms" in numbers:
-            title = f"{DENOISERS[parts[0]].name}, {parts[3]}"
-            steps.setdefault(title, {})[parts[1]] = min(numbers["step ms"], numbers.get("graph ms", numbers["step ms"]))
+            kind, way, _, batch = parts
+            best = min(numbers["step ms"], numbers.get("graph ms", numbers["step ms"]))
+            steps.setdefault((batch, kind), {})[way] = best
     if not steps:
-        raise ValueError("no compiled step was measured: leave out --skip-models, or name ways and models")
-    figure, axes = pyplot.subplots(1, len(steps), figsize=(1.2 + 3.2 * len(steps), 3.6), layout="constrained")
-    for axis, (title, bars) in zip([axes] if len(steps) == 1 else axes, steps.items(), strict=True):
-        colours = ["#9aa0a6" if way.startswith("bf16") else "#f29900" if way in PEERS else "#1a73e8" for way in bars]
-        drawn = axis.barh(list(bars), list(bars.values()), color=colours)
-        base = bars.get("bf16")
-        labels = [f"{ms:.0f}" + (f" ({base / ms:.2f}x)" if base else "") for ms in bars.values()]
-        axis.bar_label(drawn, labels, padding=3)
-        axis.invert_yaxis()
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("ms a step")
-        axis.margins(x=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        raise ValueError("no compiled step was measured: name --models, --ways and what to --compile")
+    batches, kinds = (list(dict.fromkeys(names)) for names in zip(*steps, strict=True))
+    size = 1.2 + 3.2 * len(kinds), 0.8 + 2.2 * len(batches)
+    figure, grid = pyplot.subplots(len(batches), len(kinds), figsize=size, layout="constrained", squeeze=False)
+    for row, batch in zip(grid, batches, strict=True):
+        for axis, kind in zip(row, kinds, strict=True):
+            bars = steps.get((batch, kind))
+            if bars is None:
+                axis.set_axis_off()
+                continue
+            colours = ["#9aa0a6" if way.startswith("bf16") else "#f29900" if way in PEERS else "#1a73e8" for way in bars]
+            drawn = axis.barh(list(bars), list(bars.values()), color=colours)
+            base = bars.get("bf16")
+            labels = [f"{ms:.0f}" + (f" ({base / ms:.2f}x)" if base else "") for ms in bars.values()]
+            axis.bar_label(drawn, labels, padding=3)
+            axis.invert_yaxis()
+            axis.set_title(f"{DENOISERS[kind].name}, {batch}", fontsize=10)
+            axis.set_xlabel("ms a step")
+            axis.margins(x=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Compiled denoising step at 1024 x 1024, {results['device']}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
