@@ -228,6 +228,10 @@ def measure_way(
             report(f"{kind}, {way}, {how}, batch {batch}", numbers)
 
 
+def _colour(way: str) -> str:
+    return "#9aa0a6" if way.startswith("bf16") else "#f29900" if way in PEERS else "#1a73e8"
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """Steps of the compiled models as bars, a row of panels for each batch size.
 
@@ -257,8 +261,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             if bars is None:
                 axis.set_axis_off()
                 continue
-            colours = ["#9aa0a6" if way.startswith("bf16") else "#f29900" if way in PEERS else "#1a73e8" for way in bars]
-            drawn = axis.barh(list(bars), list(bars.values()), color=colours)
+            drawn = axis.barh(list(bars), list(bars.values()), color=[_colour(way) for way in bars])
             base = bars.get("bf16")
             labels = [f"{ms:.0f}" + (f" ({base / ms:.2f}x)" if base else "") for ms in bars.values()]
             axis.bar_label(drawn, labels, padding=3)
