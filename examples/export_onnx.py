@@ -9,8 +9,8 @@ precision, with simulated quantization in PyTorch, the same in float64, and in O
 Runtime's output differs from simulated quantization, as a share of the output, beside what simulated quantization in
 float64 differs: rounding flips codes that lie on a tie, and the flips travel on.
 
-``--wide`` also times one transformer block of SD3.5's width with random weights: the small pipelines are too narrow for
-8-bit products to matter.
+``--wide`` also times transformer blocks of SD3.5's width with random weights, for any CPU and, on one with VNNI, for
+such: the small pipelines are too narrow for 8-bit products to matter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from optimum.onnxruntime import ORTDiffusionPipeline
 from torch import Tensor, nn
 
 import modelopt_ext
-from modelopt_ext.export.onnx import file_bytes
+from modelopt_ext.export.onnx import TARGETS, file_bytes
 from optimum_segquant.evaluation import (
     Trajectories,
     denoiser_of,
@@ -215,7 +215,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def measure_wide(out: Path, threads: int) -> str:
-    """Size and time of :mod:`wide_blocks`, float32 and INT8 in ONNX Runtime."""
+    """Size and time of :mod:`wide_blocks`, float32 and INT8 in ONNX Runtime, by the targets that this CPU is one of."""
     model, inputs = wide_blocks.build(), wide_blocks.inputs()
     plain = out / "float32.onnx"
     torch.onnx.export(
@@ -224,17 +224,22 @@ def measure_wide(out: Path, threads: int) -> str:
     # Time does not depend on the quality of the scales: no searches.
     fast = {"alpha": 0.5, "clip_grid": (1.0,), "polarity": "shift"}
     lines = [f"{wide_blocks.NAME}, {threads} threads"]
+    targets = [target.name for target in TARGETS.values() if target.runtime == "onnxruntime" and target.fits_this_cpu]
     for preset in ("SEGQUANT_CFG", "SEGQUANT_INT8_DYNAMIC_CFG"):
         config = copy.deepcopy(modelopt_ext.presets.PRESETS[preset])
         config["algorithm"] = {**config["algorithm"], **fast}
         own = mtq.quantize(copy.deepcopy(model), config, lambda denoiser: denoiser(**inputs))
-        quantized = export_onnx(own, out / preset, inputs=inputs, verify=False) / "model.onnx"
-        baseline, ours = milliseconds((plain, quantized), inputs, threads, 5)
-        lines.append(
-            f"{preset}: float32 {baseline:.0f} ms and {file_bytes(plain) / 1e6:.0f} MB, INT8 {ours:.0f} ms "
-            f"({baseline / ours:.2f} times as fast) and {file_bytes(quantized) / 1e6:.0f} MB "
-            f"({file_bytes(quantized) / file_bytes(plain):.2f})"
-        )
+        files = [
+            export_onnx(own, out / preset / target, target=target, inputs=inputs, verify=False) / "model.onnx"
+            for target in targets
+        ]
+        baseline, *ours = milliseconds((plain, *files), inputs, threads, 5)
+        lines.append(f"{preset}: float32 {baseline:.0f} ms and {file_bytes(plain) / 1e6:.0f} MB")
+        lines += [
+            f"    {target}: {time:.0f} ms ({baseline / time:.2f} times as fast) and {file_bytes(file) / 1e6:.0f} MB "
+            f"({file_bytes(file) / file_bytes(plain):.2f})"
+            for target, file, time in zip(targets, files, ours, strict=True)
+        ]
     return "\n".join(lines)
 
 
@@ -243,7 +248,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipelines", nargs="*", default=list(NAMES), help=f"folders in {PIPELINES}")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="names of SegQuant presets")
-    parser.add_argument("--target", default="onnxruntime", choices=["onnxruntime", "tensorrt"])
+    parser.add_argument("--target", default="onnxruntime", choices=list(TARGETS))
     parser.add_argument("--prompts", type=int, default=8, help="for calibration; half as many for measuring")
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime, for timing")
     parser.add_argument("--wide", action="store_true", help="time a block of real width, too")

@@ -192,7 +192,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, a directory or a hub name")
     parser.add_argument("--like", choices=MODELS, help="the row to use for a directory or hub name")
     parser.add_argument("--preset", default="SEGQUANT_CFG", help="name of a preset, or a YAML file")
-    parser.add_argument("--export", default="segquant", choices=("segquant", "native", "onnx", "tensorrt"))
+    parser.add_argument("--export", default="segquant", choices=("segquant", "native", "onnx", "onnx-vnni", "tensorrt"))
     parser.add_argument("--prompts", help="file or dataset with calibration prompts; by default the package's own")
     parser.add_argument("--num-prompts", type=int, default=32, help="how many of them")
     parser.add_argument("--held-out", type=int, default=4, help="unseen prompts to measure the SQNR on")

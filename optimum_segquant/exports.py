@@ -28,12 +28,16 @@ from .files import check_replaceable
 from .progress import written_bytes
 from .quantization_report import model_bytes, packed_bytes
 
-__all__ = ["ExportFormat", "check_config", "check_export", "expected_bytes", "write_export"]
+__all__ = ["ONNX_TARGETS", "ExportFormat", "check_config", "check_export", "expected_bytes", "write_export"]
 
 logger = logging.getLogger(__name__)
 
-ExportFormat = Literal["segquant", "native", "onnx", "tensorrt"]
-"""What a directory is for: PyTorch (packed), inference engines (stock keys), ONNX Runtime, TensorRT."""
+ExportFormat = Literal["segquant", "native", "onnx", "onnx-vnni", "tensorrt"]
+"""What a directory is for: PyTorch (packed), inference engines (stock keys), ONNX Runtime anywhere or on CPUs with VNNI
+or AMX, TensorRT."""
+
+ONNX_TARGETS = {"onnx": "onnxruntime", "onnx-vnni": "onnxruntime-vnni", "tensorrt": "tensorrt"}
+"""Those that are ONNX, with the target of :func:`export_onnx`."""
 
 _SMALLEST_SHARE = 8
 """Quantized weights take at least this part of full precision: int4 of float32."""
@@ -70,7 +74,7 @@ def check_export(
                     f"{name} is a {type(part).__name__}, and only models of diffusers have native checkpoints: leave "
                     "it out of the components, or use export='segquant'"
                 )
-    if export in ("onnx", "tensorrt"):
+    if export in ONNX_TARGETS:
         known = supported_pipelines()  # raises if optimum-onnx or onnxruntime is missing
         if type(model).__name__ in known:
             check_dtypes(model)
@@ -130,10 +134,8 @@ def write_export(
     """
     for name, part in components.items():
         _take_off_hooks(name, part)
-    if export in ("onnx", "tensorrt"):
-        _write_onnx(
-            model, components, calls, directory, "tensorrt" if export == "tensorrt" else "onnxruntime", progress
-        )
+    if export in ONNX_TARGETS:
+        _write_onnx(model, components, calls, directory, ONNX_TARGETS[export], progress)
         return
     if export == "segquant":
         for part in components.values():

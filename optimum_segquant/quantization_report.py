@@ -182,7 +182,7 @@ class QuantizationReport:
         held_out: the same of the held-out data.
         processes: how many calibrated together.
         seconds: wall time by stage: ``load``, ``sample``, ``sample held-out``, ``quantize``, ``evaluate``, ``export``.
-        export: what was written: ``segquant``, ``native``, ``onnx``, ``tensorrt``; None for nothing.
+        export: what was written: ``segquant``, ``native``, ``onnx``, ``onnx-vnni``, ``tensorrt``; None for nothing.
         exported_bytes: of the directory, None likewise.
         versions: of the packages.
     """

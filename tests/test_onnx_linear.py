@@ -1,4 +1,4 @@
-"""Packed Linears in ONNX: every combination of formats, for both targets, against the packed reference."""
+"""Packed Linears in ONNX: every combination of formats, for all targets, against the packed reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from modelopt_ext.export.onnx import TARGETS, export_module, file_bytes, lowered
+from modelopt_ext.export.onnx import TARGETS, export_module, file_bytes, lowered, multiplies_signed_weights
 from modelopt_ext.export.tensorrt import check_tensorrt
 from modelopt_ext.nn import SegLayout
 from modelopt_ext.nn.packed import PackedLinear
@@ -93,7 +93,7 @@ def test_every_combination_computes_what_the_packed_linear_does(layout: str, tar
         exported += 1
         width = spec.layout.in_features
         # A code on a tie may round either way: one code is worth less than 0.1 here, and rounding errors under 1e-4.
-        optimize = target == "onnxruntime"
+        optimize = target != "tensorrt" and TARGETS[target].fits_this_cpu
         assert largest_difference(path, model, (2, 3, width), (1, 7, width), optimize=optimize) < 1e-4, spec
         if target == "tensorrt":
             assert [str(v) for v in check_tensorrt(path) if v.severity == "error"] == [], spec
@@ -126,13 +126,17 @@ def test_float8_after_operators_that_do_not_take_it(tmp_path: Path) -> None:
     assert largest_difference(path, model, (2, 8, 3, 8)) < 1e-4
 
 
-def test_weights_are_codes_and_products_are_integer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "kind", "offset"), [("onnxruntime", np.uint8, 128), ("onnxruntime-vnni", np.int8, 0)]
+)
+def test_weights_are_codes_and_products_are_integer(target: str, kind: type, offset: int, tmp_path: Path) -> None:
     packed = packed_linear(PackedSpec(ONE))
-    path = export_module(nn.Sequential(packed), tmp_path / "model.onnx", {"input": torch.randn(1, 4, 64)})
+    inputs = {"input": torch.randn(1, 4, 64)}
+    path = export_module(nn.Sequential(packed), tmp_path / "model.onnx", inputs, target=target)
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     codes = tensors["0.weight_quantizer.codes"]
-    assert codes.dtype == np.uint8
-    np.testing.assert_array_equal(codes.astype(int) - 128, packed.codes().numpy().T)
+    assert codes.dtype == kind
+    np.testing.assert_array_equal(codes.astype(int) - offset, packed.codes().numpy().T)
     session(path, optimized=tmp_path / "optimized.onnx")
     operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert "MatMulIntegerToFloat" in operators
@@ -159,16 +163,43 @@ def test_weight_only_is_not_rounded_by_onnx_runtime(tmp_path: Path) -> None:
         assert "MatMulNBits" not in {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
 
 
-def test_extreme_codes_do_not_saturate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-vnni"])
+def test_extreme_codes_do_not_saturate(name: str, tmp_path: Path) -> None:
     """int8 by uint8 products of neighbours exceed 16 bits, where x86 CPUs without VNNI saturate."""
+    if not TARGETS[name].fits_this_cpu:
+        pytest.skip("this CPU has no VNNI")
     packed = packed_linear(PackedSpec(ONE))
     packed.set_codes(torch.full((48, 64), 127))
     model = nn.Sequential(packed)
-    path = export_module(model, tmp_path / "model.onnx", {"input": torch.randn(1, 4, 64)})
+    path = export_module(model, tmp_path / "model.onnx", {"input": torch.randn(1, 4, 64)}, target=name)
     x = torch.full((1, 4, 64), 100.0)
     y = next(iter(run(session(path), {"input": x}).values()))
     expected = 127 * 127 * 64 * packed.input_scale[0, 0] * packed.weight_scale[:, 0] + packed.bias
     torch.testing.assert_close(y[0, 0], expected.detach(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("machine", "has", "exact"),
+    [
+        ("x86_64", {"avx2": True, "avx512_f": True}, False),
+        ("x86_64", {"avx512_vnni": True}, True),
+        ("AMD64", {"avx_vnni": True}, True),
+        ("x86_64", {"amx_int8": True}, True),
+        ("aarch64", {}, True),
+    ],
+)
+def test_signed_weights_are_for_cpus_with_vnni(
+    machine: str, has: dict[str, bool], exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert multiplies_signed_weights() is exact
+    assert TARGETS["onnxruntime-vnni"].fits_this_cpu is exact
+    assert TARGETS["onnxruntime"].fits_this_cpu
+    assert TARGETS["tensorrt"].fits_this_cpu
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before PyTorch 2.11
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: "avx512_vnni" in has)
+    assert multiplies_signed_weights() is (machine == "aarch64" or "avx512_vnni" in has)
 
 
 def test_dual_shares_one_weight(tmp_path: Path) -> None:
@@ -254,7 +285,7 @@ def test_the_model_is_as_before(tmp_path: Path) -> None:
         (PackedSpec(ONE), {"opset": 13}, "opset 13 is not supported: use 19 to 21"),
         (PackedSpec(ONE), {"opset": 99}, "opset 99 is not supported"),
         (PackedSpec(ONE, "int4"), {"opset": 20}, "use opset=21, or a preset with int8"),
-        (PackedSpec(ONE), {"target": "openvino"}, "use one of 'onnxruntime', 'tensorrt'"),
+        (PackedSpec(ONE), {"target": "openvino"}, "use one of 'onnxruntime', 'onnxruntime-vnni', 'tensorrt'"),
         (PackedSpec(ONE, "int4", 16), {"target": "tensorrt"}, "SEGQUANT_W4A8_CFG"),
         (PackedSpec(ONE, "int4", 16, None), {"target": "tensorrt"}, "groups of 64 or 128"),
         (PackedSpec(ONE), {"dynamic_axes": {"input": {5: "length"}}}, "has 3 dimensions"),

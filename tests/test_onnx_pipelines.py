@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2Model
 
 import modelopt_ext
+from modelopt_ext.export.onnx import multiplies_signed_weights
 from modelopt_ext.export.onnx.export import dynamic_dimensions
 from modelopt_ext.export.tensorrt import check_tensorrt
 from modelopt_ext.nn.packed import PackedLinear
@@ -128,7 +130,10 @@ CONFIGS = {"SEGQUANT_CFG": None, "float8 dual": static((4, 3), "dual"), "int4 du
 
 @pytest.mark.parametrize(
     ("config", "target"),
-    [*((config, "onnxruntime") for config in CONFIGS), ("SEGQUANT_CFG", "tensorrt"), ("int4 dual8", "tensorrt")],
+    [
+        *((config, "onnxruntime") for config in CONFIGS),
+        *itertools.product(("SEGQUANT_CFG", "int4 dual8"), ("onnxruntime-vnni", "tensorrt")),
+    ],
 )
 def test_layers_round_to_the_same_codes(config: str, target: str, sd3: tuple[Any, Any]) -> None:
     pipeline, trajectories = sd3 if CONFIGS[config] is None else quantized_sd3(CONFIGS[config])
@@ -334,7 +339,7 @@ def test_dynamic_axes_that_the_model_does_not_keep_are_found(tmp_path: Path) -> 
     ("arguments", "message"),
     [
         ({"opset": 12}, "opset 12 is not supported: use 19 to 21"),
-        ({"target": "coreml"}, "use one of 'onnxruntime', 'tensorrt'"),
+        ({"target": "coreml"}, "use one of 'onnxruntime', 'onnxruntime-vnni', 'tensorrt'"),
         ({"inputs": {}}, "a pipeline's inputs, axes and output names are Optimum's"),
     ],
     ids=str,
@@ -343,6 +348,30 @@ def test_bad_arguments(sd3: tuple[Any, Any], arguments: dict[str, Any], message:
     with pytest.raises(ValueError, match=message):
         export_onnx(sd3[0], tmp_path / "onnx", **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_signed_weights_are_verified_as_floats_where_sums_would_saturate(
+    here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if here and not multiplies_signed_weights():
+        pytest.skip("this CPU has no VNNI")
+    monkeypatch.setattr("modelopt_ext.export.onnx.target.multiplies_signed_weights", lambda: here)
+    optimized = []
+
+    def noted(*arguments: Any, optimize: bool = True, **options: Any) -> Any:
+        optimized.append(optimize)
+        return session(*arguments, optimize=optimize, **options)
+
+    monkeypatch.setattr("optimum_segquant.exporters.verify.session", noted)
+    monkeypatch.setattr("optimum_segquant.exporters.parity.session", noted)
+    model, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(2, 9, 64)
+    mtq.quantize(model, modelopt_ext.SEGQUANT_INT8_CFG, lambda layers: layers(x))
+    parity = layer_parity(model, lambda: model(x), "onnxruntime-vnni")
+    assert parity["0"].differing <= 1
+    directory = export_onnx(model, tmp_path / "onnx", target="onnxruntime-vnni", inputs={"input": x})
+    assert set(optimized) == {here}
+    assert json.loads((directory / "segquant_export.json").read_text())["target"] == "onnxruntime-vnni"
 
 
 def test_what_is_not_quantized_or_not_known(tmp_path: Path) -> None:

@@ -189,7 +189,9 @@ def test_onnx_of_models_by_themselves(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "ONNX: 100%|" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("export", "target"), [("onnx", "onnxruntime"), ("tensorrt", "tensorrt")])
+@pytest.mark.parametrize(
+    ("export", "target"), [("onnx", "onnxruntime"), ("onnx-vnni", "onnxruntime-vnni"), ("tensorrt", "tensorrt")]
+)
 def test_onnx_of_a_whole_pipeline(export: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Which arguments go to export_onnx; that one has tests of its own."""
     given: list[Any] = []
@@ -434,7 +436,11 @@ def untouched() -> Any:
         ({"held_out": 99}, ValueError, "the package has 32 such prompts, 99 were asked for"),
         ({"export": "onnx"}, ValueError, "export='onnx' needs save_dir, the directory to write"),
         ({"save_dir": "out", "export": None}, ValueError, "save_dir is given but export is None"),
-        ({"save_dir": "out", "export": "gguf"}, ValueError, "export must be one of segquant, native, onnx, tensorrt"),
+        (
+            {"save_dir": "out", "export": "gguf"},
+            ValueError,
+            "export must be one of segquant, native, onnx, onnx-vnni, tensorrt",
+        ),
         (
             {"save_dir": "out", "export": "native"},
             ValueError,

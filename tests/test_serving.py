@@ -21,6 +21,7 @@ import requests
 import torch
 from optimum.onnxruntime import ORTDiffusionPipeline
 from tiny_pipelines import tiny_sd3_pipeline, tiny_sdxl_pipeline
+from torch import nn
 from triton_server import needs_server, running
 
 import modelopt_ext
@@ -537,6 +538,33 @@ def test_one_model_by_itself(tmp_path: Path) -> None:
     assert serve_check(tmp_path / "r", threads=1)[0].rows > 60
     with pytest.raises(ValueError, match="holds single models, no pipeline"):
         served_pipeline(tmp_path / "r")
+
+
+def test_graphs_for_cpus_with_vnni(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are served where they belong, and refused where their sums would saturate."""
+    model, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(2, 9, 64)
+    mtq.quantize(model, modelopt_ext.SEGQUANT_INT8_DYNAMIC_CFG, lambda layers: layers(x))
+    source = export_onnx(
+        model, tmp_path / "onnx", target="onnxruntime-vnni", inputs={"input": x}, dynamic_axes={}, verify=False
+    )
+    written = {name: tmp_path / name for name in ("cpu", "gpu")}
+    for device, repository in written.items():
+        options = ServingOptions(device=device)
+        deployment = write_model_repository(source, repository, name="layer", sizes={"layer": {}}, options=options)
+        purposes = " ".join(command.purpose for command in deployment.commands)
+        assert ("on a CPU with VNNI or AMX" in purposes) == (device == "cpu")
+        assert ("VNNI" in (repository / "README.md").read_text()) == (device == "cpu")
+    with pytest.raises(ValueError, match=r"exported for onnxruntime-vnni and can't run in tensorrt.*'onnxruntime'"):
+        write_model_repository(source, tmp_path / "r", backend="tensorrt", name="layer", sizes={"layer": {}})
+    for here in (True, False):
+        monkeypatch.setattr("modelopt_ext.export.onnx.target.multiplies_signed_weights", lambda here=here: here)
+        models = LocalModels(written["cpu"], threads=1)
+        if here:
+            found = models.infer("layer", {"input": x.numpy()})["output"]
+            assert np.abs(found - model(x).detach().numpy()).max() < 0.05
+        else:
+            with pytest.raises(RequestError, match="for CPUs with VNNI or AMX, and this one has neither"):
+                models.infer("layer", {"input": x.numpy()})
 
 
 def test_stock_keys_are_described_for_vllm_omni(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class ExportCommand(SegQuantSubcommand):
     OPTIONS = (
         Option("source", "the directory of a quantized pipeline", positional=True, required=True),
         Option("output", "the directory to write", required=True, metavar="DIR"),
-        Option("to", "whom it is for", required=True, choices=("onnx", "tensorrt", "native")),
+        Option("to", "whom it is for", required=True, choices=("onnx", "onnx-vnni", "tensorrt", "native")),
         Option("opset", "of the ONNX files, 19 to 21; by default what the layers need", kind="integer"),
         Option("no_verify", "do not run the graphs and compare them with PyTorch", kind="flag"),
         Option("max_shard_size", "native: weights are split into files of this size", default="10GB"),
@@ -29,6 +29,7 @@ class ExportCommand(SegQuantSubcommand):
     )
     EXAMPLES = (
         "export quantized --to onnx --output onnx",
+        "export quantized --to onnx-vnni --output onnx",
         "export quantized --to tensorrt --output tensorrt",
         "export quantized --to native --output checkpoint",
     )
@@ -42,7 +43,7 @@ class ExportCommand(SegQuantSubcommand):
     def work(values: Namespace) -> Result:
         """Load and write."""
         from optimum_segquant import export_native, export_onnx
-        from optimum_segquant.exports import expected_bytes
+        from optimum_segquant.exports import ONNX_TARGETS, expected_bytes
         from optimum_segquant.files import check_replaceable, check_spares
         from optimum_segquant.progress import written_bytes
 
@@ -54,11 +55,10 @@ class ExportCommand(SegQuantSubcommand):
             with written_bytes(output, expected_bytes(pipeline), progress=values.progress):
                 export_native(pipeline, output, max_shard_size=values.max_shard_size)
         else:
-            target = "tensorrt" if values.to == "tensorrt" else "onnxruntime"
             export_onnx(
                 pipeline,
                 output,
-                target=target,
+                target=ONNX_TARGETS[values.to],
                 opset=values.opset,
                 verify=not values.no_verify,
                 progress=values.progress,

@@ -33,7 +33,7 @@ class QuantizeCommand(SegQuantSubcommand):
             "export",
             "what to write: packed for PyTorch, stock keys for engines, or ONNX",
             default="segquant",
-            choices=("segquant", "native", "onnx", "tensorrt"),
+            choices=("segquant", "native", "onnx", "onnx-vnni", "tensorrt"),
         ),
         *PROMPTS,
         *CALL,

@@ -66,16 +66,19 @@ def export_onnx(
     """Write a quantized pipeline as a directory that ``ORTDiffusionPipeline.from_pretrained`` loads, or one model.
 
     The graphs hold operators of the ONNX standard only and need no session options. With ``target="onnxruntime"`` codes
-    are stored as uint8 (int8 codes plus 128), which is exact on every x86 CPU; with ``"tensorrt"`` they are int8, and
-    the graphs are checked against TensorRT's rules. Neither the pipeline nor its configs are changed.
+    are stored as uint8 (int8 codes plus 128), which is exact on every x86 CPU. With ``"onnxruntime-vnni"`` weights are
+    int8: for CPUs with VNNI or AMX, where products are several times as fast; on other x86 CPUs they saturate, and
+    images can be wrong. With ``"tensorrt"`` all codes are int8, and the graphs are checked against TensorRT's rules.
+    Neither the pipeline nor its configs are changed.
 
     Args:
         model: a pipeline with at least one quantized model (calibrated, compressed or loaded from a checkpoint), or
             such a model by itself, which needs ``inputs``.
         save_directory: replaced as a whole once everything is written; until then what is there stays.
-        target: ``"onnxruntime"`` or ``"tensorrt"``.
+        target: ``"onnxruntime"``, ``"onnxruntime-vnni"`` or ``"tensorrt"``.
         opset: 19 to 21; by default what the layers need.
-        verify: run the quantized graphs in ONNX Runtime on two sizes of inputs and compare them with PyTorch.
+        verify: run the quantized graphs in ONNX Runtime on two sizes of inputs and compare them with PyTorch; as
+            floats where this machine is not one that they are for.
         inputs: for a model: arguments of its forward by name, e.g. ``trajectories[0].inputs``.
         dynamic_axes: for a model: dimensions that may change, by input or output name; default batch and sizes.
         output_names: for a model: names of its outputs.
@@ -236,7 +239,7 @@ def quantized_components(pipeline: DiffusionPipeline) -> dict[str, dict[str, Pac
 
 
 def _check_target(path: Path, target: Target) -> None:
-    if target.name == "tensorrt":
+    if target.runtime == "tensorrt":
         assert_tensorrt(path)
 
 

@@ -95,7 +95,7 @@ def _compare(layer: nn.Module, x: Tensor, path: Path, target: Target) -> LayerPa
     wrapped = nn.Sequential(layer)  # the exporter replaces Linears in their parents
     with lowered(wrapped, target) as replacements:
         activations = next(iter(replacements.values())).activations()
-    optimize = target.name == "onnxruntime"
+    optimize = target.runtime == "onnxruntime" and target.fits_this_cpu
     export_module(wrapped, path, {"input": x}, target=target.name)
     exported = run(session(path, optimize=optimize), {"input": x})["output"]
     names = _expose_rounded(path, activations)

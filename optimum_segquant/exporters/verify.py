@@ -114,7 +114,7 @@ def _verify(
     target: Target,
 ) -> None:
     try:
-        runtime = session(path, optimize=target.name == "onnxruntime")
+        runtime = session(path, optimize=target.runtime == "onnxruntime" and target.fits_this_cpu)
     except Exception as error:
         raise ExportMismatchError(
             f"{label}: ONNX Runtime does not take the graph that PyTorch's exporter made of the model; "

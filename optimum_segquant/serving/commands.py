@@ -63,13 +63,15 @@ def engine_commands(
     )
 
 
-def triton_commands(*, gpu: bool, python: bool) -> tuple[Command, ...]:
+def triton_commands(*, gpu: bool, python: bool, vnni: bool = False) -> tuple[Command, ...]:
     """Start Triton Inference Server on a repository.
 
     Args:
         gpu: whether any model runs on a GPU.
         python: whether the repository holds a model of the Python back end, which needs this package in the server.
+        vnni: whether a model runs on a CPU and gives wrong sums on those without VNNI and AMX.
     """
+    where = ", on a CPU with VNNI or AMX: on others sums saturate" if vnni else ""
     image = "segquant-triton" if python else TRITON_IMAGE
     devices = ["--gpus=all"] if gpu else []
     shared_memory = ["--shm-size=1g"] if python else []
@@ -78,12 +80,12 @@ def triton_commands(*, gpu: bool, python: bool) -> tuple[Command, ...]:
     commands = [
         Command(
             "tritonserver",
-            "serves the models, where Triton is installed",
+            f"serves the models, where Triton is installed{where}",
             'tritonserver --model-repository="$PWD"',
         ),
         Command(
             "docker",
-            "serves the models in Triton's container",
+            f"serves the models in Triton's container{where}",
             f'{shlex.join(run)} -v"$PWD":/models {_image(image)} tritonserver --model-repository=/models',
         ),
         Command("ready", "says whether all models are loaded", "curl -v localhost:8000/v2/health/ready"),

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from modelopt_ext.export.onnx import TARGETS
+
 from .model_config import CONFIG_FILE, read_config
 from .served import RequestError, ServedModel, ServedTensor
 
@@ -84,9 +86,16 @@ class LocalModels:
         if threads:
             options.intra_op_num_threads = threads
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise RequestError(f"{name}: ONNX Runtime does not load {path}: {str(error).splitlines()[0]}") from error
+        target = TARGETS.get(session.get_modelmeta().custom_metadata_map.get("segquant.target", ""))
+        if target is not None and not target.fits_this_cpu:
+            raise RequestError(
+                f"{name} was exported for CPUs with VNNI or AMX, and this one has neither: its sums would saturate. "
+                'Export it again with target="onnxruntime", or run it on another CPU'
+            )
+        return session
 
 
 def _optimization(config: Any) -> onnxruntime.GraphOptimizationLevel:

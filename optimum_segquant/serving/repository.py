@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import onnx
 from onnx import ModelProto
 from onnx.external_data_helper import uses_external_data
 
+from modelopt_ext.export.onnx import TARGETS
 from modelopt_ext.export.trtexec import profile_shapes
 
 from ..files import MANIFEST_NAME, check_spares, staged_directory, verify_manifest, write_manifest
@@ -73,7 +74,8 @@ def write_model_repository(
 
     Args:
         export_dir: what :func:`~optimum_segquant.export_onnx` wrote: for ``backend="onnxruntime"`` with its default
-            target, for ``"tensorrt"`` with ``target="tensorrt"``.
+            target, or with ``target="onnxruntime-vnni"`` if the server's CPU has VNNI or AMX; for ``"tensorrt"`` with
+            ``target="tensorrt"``.
         repository: directory to write; a deployment there is replaced when the new one is complete.
         backend: what runs the models: for all of them, or by component.
         components: to serve; by default text encoders, denoiser and VAE decoder.
@@ -106,13 +108,11 @@ def write_model_repository(
     with staged_directory(repository) as staged:
         for component, model in plan.items():
             model.write(staged / component, backends[component], chosen.get(component, ServingOptions()))
+        on_cpu = [name for name in plan if chosen.get(name, ServingOptions()).device == "cpu"]
         pipeline = None
         if (source / "model_index.json").is_file():
-            on_cpu = all(chosen.get(component, ServingOptions()).device == "cpu" for component in plan)
             _write_pipeline(source, staged / PIPELINE_MODEL, plan, backends)
             pipeline = f"{PIPELINE_MODEL}/{_VERSION}"
-        else:
-            on_cpu = next(iter(chosen.values()), ServingOptions()).device == "cpu"
         check_model_repository(staged, engines=False)
         deployment = Deployment(
             kind="triton",
@@ -120,7 +120,7 @@ def write_model_repository(
             sizes={component: model.ranges for component, model in plan.items()},
             pipeline=pipeline,
             source=_source(source),
-            commands=_commands(staged, plan, backends, pipeline is not None, not on_cpu),
+            commands=_commands(staged, plan, backends, pipeline is not None, on_cpu),
         )
         deployment.write(staged)
     logger.info("%d models written to %s", len(plan), repository)
@@ -186,12 +186,22 @@ class _Model:
         for file in _external_files(self.graph):
             shutil.copyfile(self.folder / file, version / file)
 
+    @property
+    def runtime(self) -> str | None:
+        """What reads graphs of its target."""
+        return TARGETS[self.target].runtime if self.target in TARGETS else self.target
+
+    @property
+    def needs_vnni(self) -> bool:
+        """Whether it saturates on some CPUs."""
+        return self.target in TARGETS and TARGETS[self.target].needs_vnni
+
     def _check_target(self, backend: Backend, options: ServingOptions) -> None:
         wants = "tensorrt" if backend == "tensorrt" or options.accelerator == "tensorrt" else "onnxruntime"
-        if self.target is not None and self.target != wants:
+        if self.target is not None and self.runtime != wants:
             raise ValueError(
                 f"{self.name} was exported for {self.target} and can't run in {wants}: export it again with "
-                f"export_onnx(..., target={wants!r}), or write backend={self.target!r}"
+                f"export_onnx(..., target={wants!r}), or write backend={self.runtime!r}"
             )
 
     def _accelerator(self, options: ServingOptions) -> dict[str, str]:
@@ -331,11 +341,12 @@ def _write_pipeline(source: Path, directory: Path, plan: Mapping[str, _Model], b
 
 
 def _commands(
-    repository: Path, plan: Mapping[str, _Model], backends: Mapping[str, str], python: bool, gpu: bool
+    repository: Path, plan: Mapping[str, _Model], backends: Mapping[str, str], python: bool, on_cpu: Collection[str]
 ) -> tuple[Command, ...]:
     engines = {name: repository / name / _VERSION for name, backend in backends.items() if backend == "tensorrt"}
     built = engine_commands(repository, engines, {name: plan[name].ranges for name in engines})
     if built:
         seal = "takes the engines into the manifest, after a check of all other files"
         built = (*built, Command("seal", seal, "optimum-cli segquant serve . --seal"))
-    return (*built, *triton_commands(gpu=gpu, python=python))
+    vnni = any(plan[name].needs_vnni for name in on_cpu)
+    return (*built, *triton_commands(gpu=len(on_cpu) < len(plan), python=python, vnni=vnni))

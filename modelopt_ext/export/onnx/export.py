@@ -44,7 +44,7 @@ def export_module(
         path: of the file; its tensors go beside it, to ``<name>_data``, if it is larger than protobuf can hold.
         inputs: arguments of the model's forward by name, as in a real call. Tensors, also those in a dict, become
             inputs of the graph; everything else is a constant in it.
-        target: ``"onnxruntime"`` or ``"tensorrt"``, see :class:`Target`.
+        target: one of :data:`TARGETS`, see :class:`Target`.
         opset: 19 to 21; by default what the layers need.
         dynamic_axes: dimensions that may differ from ``inputs``; by default batch, sequence and image sizes.
         output_names: by default those of the model's output class, or ``output``.

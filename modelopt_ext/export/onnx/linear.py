@@ -94,7 +94,7 @@ class OnnxActivation(nn.Module):
         self.step = float(step)
         # ONNX Runtime moves float8 codes past Unsqueeze and into integer products, which do not take them: scaled in
         # floats, before and after, they stay where they are.
-        self.scales_outside = kind == torch.float8_e4m3fn and target.name == "onnxruntime"
+        self.scales_outside = kind == torch.float8_e4m3fn and target.runtime == "onnxruntime"
         if self.scales_outside:
             self.register_buffer("static_scale", step.clone())
         self.register_buffer("scale", one if self.scales_outside else step.clone())
@@ -157,7 +157,7 @@ class OnnxWeight(nn.Module):
         self.name = "codes"
         if stores_int4(spec, target):
             self.name = CAST_INT4_SUFFIX if target.int4_as_int8 and has_integer_kernel(spec) else INT4_SUFFIX
-        elif target.unsigned and has_integer_kernel(spec) and spec.weights == "int8":
+        elif target.unsigned_weights and has_integer_kernel(spec) and spec.weights == "int8":
             codes = (codes.to(torch.int16) + 128).to(torch.uint8)
             zero = torch.full(scale.shape, 128, dtype=torch.uint8, device=scale.device)
         self.register_buffer(self.name, (codes if self.rows_first else codes.t()).contiguous().clone())
@@ -364,7 +364,7 @@ def has_integer_kernel(spec: PackedSpec) -> bool:
 
 def why_not(spec: PackedSpec, target: Target) -> str | None:
     """Why a target does not take a layer, with what it takes instead; None if it does."""
-    if target.name != "tensorrt":
+    if target.runtime != "tensorrt":
         return None
     integers = {"int8": True, "int4": True, "float8_e4m3fn": False}
     if spec.activations is not None and integers[spec.weights] != integers[spec.activations]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import platform
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import torch
 
 from ...nn.packed_spec import PackedSpec
 
-TargetName = Literal["onnxruntime", "tensorrt"]
+Runtime = Literal["onnxruntime", "tensorrt"]
+TargetName = Literal["onnxruntime", "onnxruntime-vnni", "tensorrt"]
 
 LOWEST_OPSET = 19  # float8, and what TensorRT asks for
 INT4_OPSET = 21  # int4 and scales of blocks
@@ -19,12 +23,14 @@ class Target:
     """What a runtime takes.
 
     Attributes:
-        name: of the runtime.
+        name: of the target.
+        runtime: that reads the graph.
         default_opset: what is written where nothing asks for more.
-        unsigned: whether 8-bit codes are stored as uint8. In ONNX Runtime all are, weights too: codes plus 128 with a
-            zero point of 128. On x86 CPUs without VNNI its products of unsigned by signed codes saturate at 16 bits
-            (`vpmaddubsw`), those of unsigned by unsigned ones don't. On CPUs with AMX it multiplies unsigned by signed
-            codes much faster, which no target asks for yet. TensorRT takes int8 with zero point 0 only.
+        unsigned: whether codes of activations are stored as uint8: those of int8 plus 128, with a zero point of 128.
+            TensorRT takes int8 with zero point 0 only.
+        unsigned_weights: the same of 8-bit weights. On x86 CPUs without VNNI ONNX Runtime's products of unsigned by
+            signed codes saturate at 16 bits (`vpmaddubsw`), those of unsigned by unsigned ones don't. On CPUs with VNNI
+            or AMX the former are exact, and several times as fast.
         rows_first: whether every weight is stored (N, K) with scales on axis 0 and transposed in the graph. ONNX
             Runtime gets (K, N) where it has an integer kernel, which then needs no rewriting when loaded.
         int4_as_int8: whether int4 weights that meet integer activations are cast to int8 in the graph before they are
@@ -32,16 +38,46 @@ class Target:
     """
 
     name: TargetName
+    runtime: Runtime
     default_opset: int
     unsigned: bool
+    unsigned_weights: bool
     rows_first: bool
     int4_as_int8: bool
 
+    @property
+    def needs_vnni(self) -> bool:
+        """Whether ONNX Runtime's integer products of such graphs saturate on some CPUs; as floats they do nowhere."""
+        return self.runtime == "onnxruntime" and not self.unsigned_weights
 
+    @property
+    def fits_this_cpu(self) -> bool:
+        """Whether they don't on this one."""
+        return not self.needs_vnni or multiplies_signed_weights()
+
+
+_ONNXRUNTIME = Target("onnxruntime", "onnxruntime", 20, True, True, rows_first=False, int4_as_int8=True)
 TARGETS: dict[str, Target] = {
-    "onnxruntime": Target("onnxruntime", 20, unsigned=True, rows_first=False, int4_as_int8=True),
-    "tensorrt": Target("tensorrt", 19, unsigned=False, rows_first=True, int4_as_int8=False),
+    target.name: target
+    for target in (
+        _ONNXRUNTIME,
+        replace(_ONNXRUNTIME, name="onnxruntime-vnni", unsigned_weights=False),
+        Target("tensorrt", "tensorrt", 19, False, False, rows_first=True, int4_as_int8=False),
+    )
 }
+
+
+def multiplies_signed_weights() -> bool:
+    """Whether ONNX Runtime multiplies unsigned by signed codes without saturation on this CPU.
+
+    Of x86 CPUs those with AVX512-VNNI, AVX-VNNI or AMX do (Intel's servers since 2019, AMD's since 2022).
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch before 2.11 knows AVX512-VNNI only
+        return bool(torch.cpu._is_vnni_supported())
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def target_named(name: str) -> Target:
