@@ -236,9 +236,9 @@ def measure_wide(out: Path, threads: int) -> str:
         baseline, *ours = milliseconds((plain, *files), inputs, threads, 5)
         lines.append(f"{preset}: float32 {baseline:.0f} ms and {file_bytes(plain) / 1e6:.0f} MB")
         lines += [
-            f"    {target}: {time:.0f} ms ({baseline / time:.2f} times as fast) and {file_bytes(file) / 1e6:.0f} MB "
+            f"    {target}: {ms:.0f} ms ({baseline / ms:.2f} times as fast) and {file_bytes(file) / 1e6:.0f} MB "
             f"({file_bytes(file) / file_bytes(plain):.2f})"
-            for target, file, time in zip(targets, files, ours, strict=True)
+            for target, file, ms in zip(targets, files, ours, strict=True)
         ]
     return "\n".join(lines)
 

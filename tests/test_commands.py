@@ -302,7 +302,7 @@ def test_benchmark_measures_three_forms(run: Run, sd3: Path) -> None:
         (("{sd3}", "--output", "{out}", "--components", "unet"), "StableDiffusion3Pipeline has no unet"),
         (
             ("{sd3}", "--output", "{out}", "--export", "onx"),
-            "--export must be one of segquant, native, onnx, tensorrt, got 'onx', is 'onnx' meant?",
+            "--export must be one of segquant, native, onnx, onnx-vnni, tensorrt, got 'onx', is 'onnx' meant?",
         ),
         (("{sd3}", "--output", "{out}", "--seed", "x"), "--seed must be a whole number, got 'x'"),
         (("{sd3}", "--output", "{out}", "--call", "height"), "--call takes KEY=VALUE, got 'height'"),
@@ -348,7 +348,10 @@ def test_mistakes_are_one_line(run: Run, sd3: Path, tmp_path: Path, arguments: t
         ("overwrite: 1", "overwrite must be true or false, got 1"),
         ("preset: {transformer: [SEGQUANT_CFG]}", "transformer needs the name of a preset or a YAML file, got ['SEG"),
         ("call: [1]", "call must be a mapping of names to values, got [1]"),
-        ("export: onx", "export must be one of segquant, native, onnx, tensorrt, got 'onx', is 'onnx' meant?"),
+        (
+            "export: onx",
+            "export must be one of segquant, native, onnx, onnx-vnni, tensorrt, got 'onx', is 'onnx' meant?",
+        ),
         ("- a", "holds no options: write one a line"),
         ("a: [", "is no valid YAML"),
     ],
