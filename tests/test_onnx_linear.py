@@ -178,6 +178,19 @@ def test_extreme_codes_do_not_saturate(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(y[0, 0], expected.detach(), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.skipif(not multiplies_signed_weights(), reason="this CPU has no VNNI")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_signed_weights_change_no_bit(layout: str, tmp_path: Path) -> None:
+    for activations, per_token in (("int8", False), ("int8", True), ("int4", True)):
+        spec = PackedSpec(LAYOUTS[layout], "int8", None, activations, per_token)
+        model, x = nn.Sequential(packed_linear(spec)), torch.randn(2, 30, spec.layout.in_features)
+        found = []
+        for name in ("onnxruntime", "onnxruntime-vnni"):
+            path = export_module(model, tmp_path / "model.onnx", {"input": x}, target=name)
+            found.append(next(iter(run(session(path, threads=1), {"input": x}).values())))
+        assert torch.equal(*found), spec
+
+
 @pytest.mark.parametrize(
     ("machine", "has", "exact"),
     [
