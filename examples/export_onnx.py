@@ -46,6 +46,7 @@ from optimum_segquant.evaluation import (
 )
 from optimum_segquant.exporters import export_onnx, layer_parity, session
 from optimum_segquant.exporters.compare import run
+from optimum_segquant.exporters.cpu import is_exact_here
 from optimum_segquant.exporters.verify import flat_tensors
 
 PIPELINES = Path(__file__).parent / "pipelines"
@@ -224,7 +225,7 @@ def measure_wide(out: Path, threads: int) -> str:
     # Time does not depend on the quality of the scales: no searches.
     fast = {"alpha": 0.5, "clip_grid": (1.0,), "polarity": "shift"}
     lines = [f"{wide_blocks.NAME}, {threads} threads"]
-    targets = [target.name for target in TARGETS.values() if target.runtime == "onnxruntime" and target.fits_this_cpu]
+    targets = [target.name for target in TARGETS.values() if target.runtime == "onnxruntime" and is_exact_here(target)]
     for preset in ("SEGQUANT_CFG", "SEGQUANT_INT8_DYNAMIC_CFG"):
         config = copy.deepcopy(modelopt_ext.presets.PRESETS[preset])
         config["algorithm"] = {**config["algorithm"], **fast}

@@ -21,7 +21,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -31,6 +31,7 @@ from optimum_segquant import CalibrationSettings, SegQuantizer, write_report
 from optimum_segquant.calibration import held_out_prompts
 from optimum_segquant.configs import resolve_config
 from optimum_segquant.evaluation import Evaluation, Samples, evaluate_samples, sample_reference
+from optimum_segquant.exports import ExportFormat
 from optimum_segquant.files import MANIFEST_NAME, check_replaceable, verify_manifest
 from optimum_segquant.serving import describe_native
 
@@ -192,7 +193,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, a directory or a hub name")
     parser.add_argument("--like", choices=MODELS, help="the row to use for a directory or hub name")
     parser.add_argument("--preset", default="SEGQUANT_CFG", help="name of a preset, or a YAML file")
-    parser.add_argument("--export", default="segquant", choices=("segquant", "native", "onnx", "onnx-vnni", "tensorrt"))
+    parser.add_argument("--export", default="segquant", choices=get_args(ExportFormat))
     parser.add_argument("--prompts", help="file or dataset with calibration prompts; by default the package's own")
     parser.add_argument("--num-prompts", type=int, default=32, help="how many of them")
     parser.add_argument("--held-out", type=int, default=4, help="unseen prompts to measure the SQNR on")

@@ -12,12 +12,13 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from modelopt_ext.export.onnx import TARGETS, export_module, file_bytes, lowered, multiplies_signed_weights
+from modelopt_ext.export.onnx import TARGETS, export_module, file_bytes, lowered
 from modelopt_ext.export.tensorrt import check_tensorrt
 from modelopt_ext.nn import SegLayout
 from modelopt_ext.nn.packed import PackedLinear
 from modelopt_ext.nn.packed_spec import FORMATS, PackedSpec
 from optimum_segquant.exporters.compare import run, session
+from optimum_segquant.exporters.cpu import is_exact_here, multiplies_signed_weights, runs_optimized
 
 ONE = SegLayout((64,), (48,), (48,), ("none",))
 DUAL = SegLayout((32, 64), (16, 32), (16, 32), ("none", "dual"))
@@ -93,7 +94,7 @@ def test_every_combination_computes_what_the_packed_linear_does(layout: str, tar
         exported += 1
         width = spec.layout.in_features
         # A code on a tie may round either way: one code is worth less than 0.1 here, and rounding errors under 1e-4.
-        optimize = target != "tensorrt" and TARGETS[target].fits_this_cpu
+        optimize = runs_optimized(TARGETS[target])
         assert largest_difference(path, model, (2, 3, width), (1, 7, width), optimize=optimize) < 1e-4, spec
         if target == "tensorrt":
             assert [str(v) for v in check_tensorrt(path) if v.severity == "error"] == [], spec
@@ -166,7 +167,7 @@ def test_weight_only_is_not_rounded_by_onnx_runtime(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-vnni"])
 def test_extreme_codes_do_not_saturate(name: str, tmp_path: Path) -> None:
     """int8 by uint8 products of neighbours exceed 16 bits, where x86 CPUs without VNNI saturate."""
-    if not TARGETS[name].fits_this_cpu:
+    if not is_exact_here(TARGETS[name]):
         pytest.skip("this CPU has no VNNI")
     packed = packed_linear(PackedSpec(ONE))
     packed.set_codes(torch.full((48, 64), 127))
@@ -191,28 +192,27 @@ def test_signed_weights_change_no_bit(layout: str, tmp_path: Path) -> None:
         assert torch.equal(*found), spec
 
 
-@pytest.mark.parametrize(
-    ("machine", "has", "exact"),
-    [
-        ("x86_64", {"avx2": True, "avx512_f": True}, False),
-        ("x86_64", {"avx512_vnni": True}, True),
-        ("AMD64", {"avx_vnni": True}, True),
-        ("x86_64", {"amx_int8": True}, True),
-        ("aarch64", {}, True),
-    ],
-)
-def test_signed_weights_are_for_cpus_with_vnni(
-    machine: str, has: dict[str, bool], exact: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("platform.machine", lambda: machine)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
-    assert multiplies_signed_weights() is exact
-    assert TARGETS["onnxruntime-vnni"].fits_this_cpu is exact
-    assert TARGETS["onnxruntime"].fits_this_cpu
-    assert TARGETS["tensorrt"].fits_this_cpu
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before PyTorch 2.11
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: "avx512_vnni" in has)
-    assert multiplies_signed_weights() is (machine == "aarch64" or "avx512_vnni" in has)
+class _Saturating:
+    """ONNX Runtime's product of codes on an x86 CPU without VNNI: sums of two neighbours have 16 bits."""
+
+    def __init__(self, model: bytes, providers: list[str]) -> None:
+        self.weight = numpy_helper.to_array(onnx.load_from_string(model).graph.initializer[0]).astype(int)
+
+    def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        products = inputs["x"].astype(int)[:, :, None] * self.weight
+        pairs = products.reshape(len(products), -1, 2, self.weight.shape[1]).sum(axis=2)
+        return [pairs.clip(-(2**15), 2**15 - 1).sum(axis=1).astype(np.int32)]
+
+
+def test_signed_weights_are_for_cpus_that_multiply_them_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = torch.cpu.get_capabilities()
+    if has["architecture"] == "x86_64":
+        vnni = any(has.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+        assert multiplies_signed_weights.__wrapped__() is vnni
+    monkeypatch.setattr("onnxruntime.InferenceSession", _Saturating)
+    assert not multiplies_signed_weights.__wrapped__()
+    monkeypatch.setattr("optimum_segquant.exporters.cpu.multiplies_signed_weights", lambda: False)
+    assert [name for name, target in TARGETS.items() if not is_exact_here(target)] == ["onnxruntime-vnni"]
 
 
 def test_dual_shares_one_weight(tmp_path: Path) -> None:

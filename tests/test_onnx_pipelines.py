@@ -28,13 +28,13 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2Model
 
 import modelopt_ext
-from modelopt_ext.export.onnx import multiplies_signed_weights
 from modelopt_ext.export.onnx.export import dynamic_dimensions
 from modelopt_ext.export.tensorrt import check_tensorrt
 from modelopt_ext.nn.packed import PackedLinear
 from optimum_segquant.evaluation import denoiser_of, sample_trajectories
 from optimum_segquant.exporters import agreement, export_onnx, layer_parity, session, supported_pipelines
 from optimum_segquant.exporters.compare import run
+from optimum_segquant.exporters.cpu import multiplies_signed_weights
 from optimum_segquant.exporters.verify import flat_tensors
 from optimum_segquant.files import verify_manifest
 
@@ -352,11 +352,11 @@ def test_bad_arguments(sd3: tuple[Any, Any], arguments: dict[str, Any], message:
 
 @pytest.mark.parametrize("here", [True, False])
 def test_signed_weights_are_verified_as_floats_where_sums_would_saturate(
-    here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if here and not multiplies_signed_weights():
         pytest.skip("this CPU has no VNNI")
-    monkeypatch.setattr("modelopt_ext.export.onnx.target.multiplies_signed_weights", lambda: here)
+    monkeypatch.setattr("optimum_segquant.exporters.cpu.multiplies_signed_weights", lambda: here)
     optimized = []
 
     def noted(*arguments: Any, optimize: bool = True, **options: Any) -> Any:
@@ -371,6 +371,7 @@ def test_signed_weights_are_verified_as_floats_where_sums_would_saturate(
     assert parity["0"].differing <= 1
     directory = export_onnx(model, tmp_path / "onnx", target="onnxruntime-vnni", inputs={"input": x})
     assert set(optimized) == {here}
+    assert ("compared as floats only" in caplog.text) is not here
     assert json.loads((directory / "segquant_export.json").read_text())["target"] == "onnxruntime-vnni"
 
 

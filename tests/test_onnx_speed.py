@@ -14,8 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import modelopt_ext
-from modelopt_ext.export.onnx import export_module, file_bytes, multiplies_signed_weights
+from modelopt_ext.export.onnx import export_module, file_bytes
 from optimum_segquant.exporters import session
+from optimum_segquant.exporters.cpu import multiplies_signed_weights
 
 TOKENS, WIDTH = 1024, 1536  # of SD3.5-Medium at 512 x 512
 

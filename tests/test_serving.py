@@ -557,7 +557,7 @@ def test_graphs_for_cpus_with_vnni(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=r"exported for onnxruntime-vnni and can't run in tensorrt.*'onnxruntime'"):
         write_model_repository(source, tmp_path / "r", backend="tensorrt", name="layer", sizes={"layer": {}})
     for here in (True, False):
-        monkeypatch.setattr("modelopt_ext.export.onnx.target.multiplies_signed_weights", lambda here=here: here)
+        monkeypatch.setattr("optimum_segquant.exporters.cpu.multiplies_signed_weights", lambda here=here: here)
         models = LocalModels(written["cpu"], threads=1)
         if here:
             found = models.infer("layer", {"input": x.numpy()})["output"]

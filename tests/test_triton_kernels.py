@@ -24,7 +24,14 @@ from modelopt_ext.kernels import rounding, triton_gemm, triton_rounding
 from modelopt_ext.kernels.operands import Operands
 from modelopt_ext.kernels.scaled_mm import reference, scaled_mm
 from modelopt_ext.kernels.triton_gemm import _few_rows, _tiles, launch_few_rows, launch_tiles
-from modelopt_ext.kernels.triton_rounding import MOST_KEPT, POLARITIES, _per_token_blocks, _unwrapped, launch
+from modelopt_ext.kernels.triton_rounding import (
+    MOST_KEPT,
+    POLARITIES,
+    STORED_AT_ONCE,
+    _per_token_blocks,
+    _unwrapped,
+    launch,
+)
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -295,7 +302,7 @@ def test_rows_are_kept_in_two_blocks(size: int) -> None:
     assert second in (first, first // 2)
     assert first + second <= MOST_KEPT
     assert first + second >= min(size, MOST_KEPT)
-    assert size > (first + second) * (2 / 3 if second >= warps * 512 else 1 / 2) or size <= 4
+    assert size > (first + second) * (2 / 3 if second >= warps * STORED_AT_ONCE else 1 / 2) or size <= 4
     assert all(number & (number - 1) == 0 for number in (first, second, warps))
 
 

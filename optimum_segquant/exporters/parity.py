@@ -20,6 +20,7 @@ from modelopt_ext.nn import QuantizerBank, input_block
 from modelopt_ext.nn.packed import PackedLinear
 
 from .compare import run, session
+from .cpu import runs_optimized
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,12 @@ def layer_parity(model: nn.Module, call: Callable[[], Any], target: str = "onnxr
     if not layers or any(isinstance(layer, PackedLinear) for layer in layers.values()):
         raise ValueError("layer_parity compares with simulated quantization: give the model before compress()")
     chosen = target_named(target)
+    optimize = runs_optimized(chosen)
     inputs = _first_inputs(layers, call)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, x in inputs.items():
-            parity = _compare(layers[name], x, Path(folder) / "layer.onnx", chosen)
+            parity = _compare(layers[name], x, Path(folder) / "layer.onnx", chosen, optimize)
             if parity is not None:
                 found[name] = parity
     return found
@@ -87,7 +89,7 @@ def _first_inputs(layers: Mapping[str, nn.Module], call: Callable[[], Any]) -> d
 
 
 @torch.no_grad()
-def _compare(layer: nn.Module, x: Tensor, path: Path, target: Target) -> LayerParity | None:
+def _compare(layer: nn.Module, x: Tensor, path: Path, target: Target, optimize: bool) -> LayerParity | None:
     with _recorded_codes(layer) as reference:
         output = layer(x)
     if not reference:
@@ -95,7 +97,6 @@ def _compare(layer: nn.Module, x: Tensor, path: Path, target: Target) -> LayerPa
     wrapped = nn.Sequential(layer)  # the exporter replaces Linears in their parents
     with lowered(wrapped, target) as replacements:
         activations = next(iter(replacements.values())).activations()
-    optimize = target.runtime == "onnxruntime" and target.fits_this_cpu
     export_module(wrapped, path, {"input": x}, target=target.name)
     exported = run(session(path, optimize=optimize), {"input": x})["output"]
     names = _expose_rounded(path, activations)

@@ -17,6 +17,7 @@ from modelopt_ext.export.onnx.export import dynamic_dimensions, split_inputs
 from modelopt_ext.nn.packed_spec import PackedSpec
 
 from .compare import agreement, run, session
+from .cpu import runs_optimized
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def _verify(
     target: Target,
 ) -> None:
     try:
-        runtime = session(path, optimize=target.runtime == "onnxruntime" and target.fits_this_cpu)
+        runtime = session(path, optimize=runs_optimized(target))
     except Exception as error:
         raise ExportMismatchError(
             f"{label}: ONNX Runtime does not take the graph that PyTorch's exporter made of the model; "

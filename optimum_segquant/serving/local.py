@@ -16,6 +16,7 @@ import onnxruntime
 
 from modelopt_ext.export.onnx import TARGETS
 
+from ..exporters.cpu import is_exact_here
 from .model_config import CONFIG_FILE, read_config
 from .served import RequestError, ServedModel, ServedTensor
 
@@ -90,7 +91,7 @@ class LocalModels:
         except Exception as error:
             raise RequestError(f"{name}: ONNX Runtime does not load {path}: {str(error).splitlines()[0]}") from error
         target = TARGETS.get(session.get_modelmeta().custom_metadata_map.get("segquant.target", ""))
-        if target is not None and not target.fits_this_cpu:
+        if target is not None and not is_exact_here(target):
             raise RequestError(
                 f"{name} was exported for CPUs with VNNI or AMX, and this one has neither: its sums would saturate. "
                 'Export it again with target="onnxruntime", or run it on another CPU'

@@ -4,7 +4,7 @@ from .export import export_module, finish_file
 from .graph import LARGEST_FILE, file_bytes
 from .linear import OnnxActivation, OnnxLinear
 from .lowering import check_layers, lowered, specs_of
-from .target import TARGETS, Target, choose_opset, multiplies_signed_weights, target_named
+from .target import TARGETS, Target, choose_opset, target_named
 
 __all__ = [
     "LARGEST_FILE",
@@ -18,7 +18,6 @@ __all__ = [
     "file_bytes",
     "finish_file",
     "lowered",
-    "multiplies_signed_weights",
     "specs_of",
     "target_named",
 ]

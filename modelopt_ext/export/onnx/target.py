@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, replace
 from typing import Literal
-
-import torch
 
 from ...nn.packed_spec import PackedSpec
 
@@ -50,11 +47,6 @@ class Target:
         """Whether ONNX Runtime's integer products of such graphs saturate on some CPUs; as floats they do nowhere."""
         return self.runtime == "onnxruntime" and not self.unsigned_weights
 
-    @property
-    def fits_this_cpu(self) -> bool:
-        """Whether they don't on this one."""
-        return not self.needs_vnni or multiplies_signed_weights()
-
 
 _ONNXRUNTIME = Target("onnxruntime", "onnxruntime", 20, True, True, rows_first=False, int4_as_int8=True)
 TARGETS: dict[str, Target] = {
@@ -65,19 +57,6 @@ TARGETS: dict[str, Target] = {
         Target("tensorrt", "tensorrt", 19, False, False, rows_first=True, int4_as_int8=False),
     )
 }
-
-
-def multiplies_signed_weights() -> bool:
-    """Whether ONNX Runtime multiplies unsigned by signed codes without saturation on this CPU.
-
-    Of x86 CPUs those with AVX512-VNNI, AVX-VNNI or AMX do (Intel's servers since 2019, AMD's since 2022).
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch before 2.11 knows AVX512-VNNI only
-        return bool(torch.cpu._is_vnni_supported())
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def target_named(name: str) -> Target:
