@@ -62,6 +62,7 @@ def _work(rank: int, size: int, folder: Path, function: Callable[..., Any], args
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Distributed training is initialized")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    dist.barrier()  # whoever is done and leaves before another has connected makes that one fail
     try:
         result = function(*args)
     except Exception as error:
